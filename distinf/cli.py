@@ -1,0 +1,227 @@
+"""The command line: flags in, calls out. Nothing else parses flags or prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distinf import comm
+from distinf.comm import Group, InputError, agreed
+from distinf.config import COMMS, DTYPES, ISAS, KERNELS, LOAD_FORMATS
+from distinf.engine import Sequence
+from distinf.info import describe
+from distinf.llm import LLM, Completion, peak_rss_mb
+from distinf.sampling import SamplingParams
+from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
+from distinf.tokenizer import DEFAULT_MODEL
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are raised: every rank parses the same line and only rank 0 may print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose the model and how it is run; also those of perf/latency.py."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)")
+    parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
+    parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
+    parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
+    parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
+    parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
+    parser.add_argument("--load-format", default="auto", metavar="|".join(LOAD_FORMATS), help="dummy: random weights")
+    parser.add_argument("--config", metavar="FILE", help="config.json for --load-format dummy")
+    parser.add_argument("--num-layers", type=int, metavar="N", help="layers for --load-format dummy")
+
+
+def load_llm(args: argparse.Namespace, group: Group) -> LLM:
+    """The model that the flags of `add_model_arguments` ask for."""
+    return LLM(
+        args.model, dtype=args.dtype, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
+        load_format=args.load_format, config=args.config, num_layers=args.num_layers, group=group,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """`distinf generate|info`."""
+    parser = _Parser(prog="distinf", description="Large language models on CPU sockets, one machine or many.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    generate = commands.add_parser("generate", help="complete a prompt")
+    add_model_arguments(generate)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the prompt's text")
+    prompt.add_argument("--token-ids", metavar="N,N,...", help="the prompt as token ids")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: no limit (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: no limit (default)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text")
+    generate.add_argument("--json", action="store_true", help="last line of stdout: one JSON object of results")
+    generate.set_defaults(run=run_generate)
+
+    info = commands.add_parser("info", help="versions, instruction sets, placement of each rank")
+    info.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="(default: %(default)s)")
+    info.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
+    info.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    info.set_defaults(run=run_info)
+    return parser
+
+
+def run_generate(args: argparse.Namespace, group: Group) -> None:
+    """`distinf generate`."""
+    params = agreed(group, lambda: _sampling(args))
+    prompt = agreed(group, lambda: _prompt(args))
+    llm = load_llm(args, group)
+    prompts: Any = [prompt]
+    (completion,) = llm.generate(prompts, params, chat=args.chat, on_token=_streamer(llm))
+    report = _report(llm, completion)
+    if group.rank == 0:
+        print(flush=True)
+        print(_summary(report), file=sys.stderr)
+        if args.json:
+            print(json.dumps(report), flush=True)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, args.ignore_eos
+    )
+
+
+def _prompt(args: argparse.Namespace) -> str | list[int]:
+    if args.token_ids is not None:
+        try:
+            return [int(part) for part in args.token_ids.replace(",", " ").split()]
+        except ValueError:
+            raise ValueError(f"--token-ids {args.token_ids!r}: expected whole numbers separated by commas") from None
+    if args.prompt_file is not None:
+        try:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompt-file {args.prompt_file}: not a UTF-8 text file") from None
+    else:
+        text = args.prompt
+    if not text:
+        raise ValueError("the prompt is empty; expected some text")
+    return str(text)
+
+
+def _streamer(llm: LLM) -> Callable[[Sequence], None]:
+    """Prints text on rank 0 as it comes."""
+    if llm.group.rank != 0 or llm.tokenizer is None:
+        return lambda sequence: None
+    step = llm.tokenizer.stream()
+    return lambda sequence: print(step(sequence.generated[-1]), end="", flush=True)
+
+
+def _report(llm: LLM, completion: Completion) -> dict[str, Any]:
+    """The fields of `--json`; collective. Memory is read before the ceiling is measured with a buffer of its own."""
+    group, times = llm.group, completion.token_times_s
+    peak = group.all_gather_object(round(peak_rss_mb(), 1))
+    ceiling = measure_read_gb_s(llm.loaded.kernels, group)
+    weight_bytes = sum(group.all_gather_object(llm.loaded.weights.bytes_per_token))
+    tpot = percentiles(token_gaps_ms(times))
+    return {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": len(completion.prompt_token_ids),
+        "new_tokens": len(completion.token_ids),
+        "ttft_ms": round(1e3 * times[0], 3),
+        "tpot_ms": tpot,
+        "decode_tok_s": round((len(times) - 1) / (times[-1] - times[0]), 2) if len(times) > 1 else None,
+        "prefill_tok_s": round(len(completion.prompt_token_ids) / times[0], 2),
+        **decode_rates(weight_bytes, tpot.get("p50"), ceiling),
+        "weight_bytes_per_token": weight_bytes,
+        "world_size": group.world_size,
+        "shares": [float(s) for s in llm.run.shares],
+        "dtype": llm.run.dtype,
+        "isa": llm.loaded.kernels.isa,
+        "comm": group.name,
+        "kernels": llm.loaded.kernels.name,
+        "threads": llm.loaded.kernels.threads,
+        "load_s": round(llm.load_s, 3),
+        "peak_rss_mb": peak,
+    }
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """The figures a person wants after an answer, two lines."""
+    ranks = f"{report['world_size']} rank{'s' if report['world_size'] > 1 else ''} x {report['threads']}"
+    first = (
+        f"{report['prompt_tokens']} + {report['new_tokens']} tokens | TTFT {report['ttft_ms']:.1f} ms | "
+        f"{ranks} threads, {report['dtype']}, {report['kernels']} {report['isa']}, {report['comm']}"
+    )
+    if not report["tpot_ms"]:
+        return first
+    return (
+        f"{first}\n{report['tpot_ms']['p50']:.2f} ms/token | {report['decode_tok_s']:.1f} tokens/s | "
+        f"{report['read_gb_s']:.1f} GB/s read = {100 * report['roofline']:.0f} % of this machine's "
+        f"{report['roofline_read_gb_s']:.1f} GB/s"
+    )
+
+
+def run_info(args: argparse.Namespace, group: Group) -> None:
+    """`distinf info`."""
+    ranks = group.all_gather_object(describe(group, args.threads))
+    if group.rank != 0:
+        return
+    if args.json:
+        print(json.dumps({"world_size": group.world_size, "ranks": ranks}), flush=True)
+        return
+    for rank, facts in enumerate(ranks):
+        print(f"rank {rank}")
+        for key, value in facts.items():
+            print(f"  {key:<14} {value}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command on this rank. Exit status 2 and one line for bad input; any other failure ends the whole job."""
+    run_ranks(build_parser(), argv)
+
+
+def run_ranks(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> None:
+    """Parse flags, join the group that `--comm` names, and call `args.run(args, group)`: also perf's entry."""
+    group: Group | None = None
+    try:
+        args = parser.parse_args(argv)
+        try:
+            group = comm.init(args.comm)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        args.run(args, group)
+    except InputError as error:
+        if (comm.launched_rank() or 0) == 0:
+            print(f"distinf: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BaseException as error:
+        if isinstance(error, SystemExit):  # --help
+            raise
+        _die(error, group)
+
+
+def _die(error: BaseException, group: Group | None) -> NoReturn:
+    """Say which rank failed and where, and take the other ranks along: they would wait for it forever."""
+    rank = comm.launched_rank() or 0
+    if not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    name = type(error).__name__
+    print(f"distinf: rank {rank} on {socket.gethostname()} failed: {name}: {error}", file=sys.stderr, flush=True)
+    if group is not None:
+        group.abort()
+    os._exit(1)

@@ -1,0 +1,92 @@
+"""Groups of ranks and what they exchange. A backend is one class with these methods and one row in BACKENDS."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from distinf.comm.mpi import MPIGroup
+from distinf.comm.single import SingleGroup
+
+T = TypeVar("T")
+
+BACKENDS: dict[str, Callable[[], Group]] = {"single": SingleGroup, "mpi": MPIGroup}
+
+# What launchers leave in the environment of a rank: Intel MPI and MPICH (also under srun --mpi=pmi2), PMIx
+# (srun --mpi=pmix), Open MPI.
+_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+class InputError(ValueError):
+    """Bad input that every rank knows of: all of them leave together, rank 0 says why."""
+
+
+class Group(Protocol):
+    """All ranks of the job. Every method but abort is collective: each rank calls it, in the same order."""
+
+    name: str
+    rank: int
+    world_size: int
+
+    def all_reduce_(self, x: torch.Tensor) -> None:
+        """Sum fp32 x over ranks, in place, the same bits on every rank."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x of the same shape on each rank -> [world_size, *x.shape], in rank order. For small tensors."""
+
+    def all_gather_object(self, x: Any) -> list[Any]:
+        """One small Python object of each rank, in rank order."""
+
+    def broadcast_object(self, x: Any) -> Any:
+        """Rank 0's object."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    def node_mates(self) -> list[int]:
+        """Ranks that share memory with this one, itself included, in order."""
+
+    def abort(self) -> None:
+        """End every rank of the job with exit status 1; does not return."""
+
+
+def launched_rank() -> int | None:
+    """This process's rank as the launcher's environment tells it, or None when started alone."""
+    for name in _RANK_VARIABLES:
+        if name in os.environ:
+            return int(os.environ[name])
+    return None
+
+
+def init(name: str = "auto") -> Group:
+    """The group of this job by `--comm`: auto takes mpi under a launcher and single without one.
+
+    Raises ValueError for an unknown name, for mpi without a usable MPI library, and under srun without PMI.
+    """
+    if name == "auto":
+        if launched_rank() is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise ValueError("srun started several tasks without telling them of each other; use srun --mpi=pmi2")
+        name = "single" if launched_rank() is None else "mpi"
+    if name not in BACKENDS:
+        raise ValueError(f"--comm {name!r} is unknown; expected auto or one of {', '.join(BACKENDS)}")
+    return BACKENDS[name]()
+
+
+def agreed(group: Group, work: Callable[[], T]) -> T:
+    """Run `work`, which must not communicate, on every rank; a ValueError or OSError of one is raised by all.
+
+    Raises InputError with the message of the lowest rank that failed.
+    """
+    result, message = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    failed = [(r, m) for r, m in enumerate(group.all_gather_object(message)) if m is not None]
+    if failed:
+        rank, text = failed[0]
+        raise InputError(text if len(failed) == group.world_size else f"{text} (rank {rank})")
+    return result  # type: ignore[return-value]

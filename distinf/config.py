@@ -1,0 +1,79 @@
+"""What a model is (ModelConfig) and how it is run (RunConfig): frozen, parsed once, checked with messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base frequency, rotated part of a head, and the checkpoint's scaling entry, if any."""
+
+    theta: float
+    dim: int  # rotated elements of each head
+    scaling: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's."""
+
+    model_type: str
+    hidden: int
+    ffn: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int  # context length, tokens
+    norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    window: int = 0  # keys a token sees, itself included; 0: all
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "ffn", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} is {getattr(self, name)}, expected a positive number")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"config: {self.n_heads} heads are not a multiple of {self.n_kv_heads} KV heads")
+        if self.rope.dim % 2 or self.rope.dim > self.head_dim:
+            raise ValueError(f"config: rotary dimension {self.rope.dim} is odd or above head_dim {self.head_dim}")
+
+
+DTYPES = ("fp32", "bf16")
+KERNELS = ("auto", "native", "reference")
+ISAS = ("auto", "amx", "avx512", "avx2")
+COMMS = ("auto", "single", "mpi")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Choices of one run, the same on every rank; `check` in cli and LLM has compared them across ranks."""
+
+    dtype: str = "bf16"
+    shares: tuple[Fraction, ...] = (Fraction(1),)
+    kernels: str = "auto"
+    isa: str = "auto"
+    threads: int = 0  # per rank; 0: the cores that the rank is bound to
+    load_format: str = "auto"
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (
+            ("--dtype", self.dtype, DTYPES),
+            ("--kernels", self.kernels, KERNELS),
+            ("--isa", self.isa, ISAS),
+            ("--load-format", self.load_format, LOAD_FORMATS),
+        ):
+            if value not in known:
+                raise ValueError(f"{flag} {value!r} is unknown; expected one of {', '.join(known)}")
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")

@@ -1,0 +1,125 @@
+"""Token ids in, token ids out: prefill, decode, generate. Knows nothing of text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from distinf.comm import Group
+from distinf.kernels import Kernels
+from distinf.kv_cache import KVCache
+from distinf.models import Model
+from distinf.sampling import SamplingParams, sample
+
+# Rows of a prompt that go through the model together: enough to keep a GEMM compute-bound, few enough that
+# the widest activation (2 * ffn bf16) of a large model stays in the tens of megabytes.
+PREFILL_ROWS = 1024
+
+
+@dataclass
+class Sequence:
+    """One request on its way: prompt, what was generated, and when."""
+
+    index: int
+    prompt: list[int]
+    generated: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)  # since generate() began
+    finish_reason: str | None = None  # "stop" (end of sequence) or "length"
+
+    @property
+    def next_position(self) -> int:
+        """Position of the token to be chosen next."""
+        return len(self.prompt) + len(self.generated)
+
+
+class Engine:
+    """One model on one group. Every rank calls generate with the same arguments and gets the same tokens."""
+
+    def __init__(self, model: Model, kernels: Kernels, group: Group) -> None:
+        self._model = model
+        self._kernels = kernels
+        self._group = group
+
+    def check(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        """Raises ValueError for a prompt that is empty, past the context, or holds ids outside the vocabulary."""
+        config = self._model.config
+        for prompt in prompts:
+            if not prompt:
+                raise ValueError("the prompt is empty; expected at least one token")
+            if len(prompt) + params.max_new_tokens > config.max_positions:
+                raise ValueError(
+                    f"a prompt of {len(prompt)} tokens and --max-new-tokens {params.max_new_tokens} exceed the "
+                    f"model's context of {config.max_positions} tokens"
+                )
+            outside = [t for t in prompt if not 0 <= t < config.vocab]
+            if outside:
+                raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.vocab}")
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        on_token: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> list[Sequence]:
+        """Complete every prompt, all of them in one batch. The caller has called `check`.
+
+        `on_token` is called after each new token of each sequence.
+        """
+        start = time.perf_counter()
+        sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
+        cache = self._new_cache([len(p) + params.max_new_tokens for p in prompts])
+
+        def take(running: list[Sequence], logits: torch.Tensor) -> list[Sequence]:
+            for sequence, token in zip(running, self._sample(running, logits, params), strict=True):
+                sequence.generated.append(token)
+                sequence.token_times_s.append(time.perf_counter() - start)
+                sequence.finish_reason = self._finished(sequence, params)
+                on_token(sequence)
+            return [s for s in running if s.finish_reason is None]
+
+        running = take(sequences, self.prefill(sequences, cache))
+        while running:
+            running = take(running, self.decode(running, cache))
+        return sequences
+
+    def prefill(self, sequences: list[Sequence], cache: KVCache) -> torch.Tensor:
+        """Run the prompts, PREFILL_ROWS tokens of them at a time; logits of each last token, [B, vocab_local]."""
+        ids = torch.tensor([t for s in sequences for t in s.prompt], dtype=torch.int32)
+        sequence = torch.tensor([s.index for s in sequences for _ in s.prompt], dtype=torch.int32)
+        positions = torch.tensor([p for s in sequences for p in range(len(s.prompt))], dtype=torch.int32)
+        ends = torch.tensor([len(s.prompt) for s in sequences]).cumsum(0) - 1
+        logits = []
+        for start in range(0, len(ids), PREFILL_ROWS):
+            rows = slice(start, start + PREFILL_ROWS)
+            last = ends[(ends >= start) & (ends < start + PREFILL_ROWS)] - start
+            logits.append(self._forward(ids[rows], positions[rows], sequence[rows], cache, last))
+        return torch.cat(logits)
+
+    def decode(self, running: list[Sequence], cache: KVCache) -> torch.Tensor:
+        """Run the last token of each sequence; logits [B, vocab_local]."""
+        ids = torch.tensor([s.generated[-1] for s in running], dtype=torch.int32)
+        positions = torch.tensor([s.next_position - 1 for s in running], dtype=torch.int32)
+        sequence = torch.tensor([s.index for s in running], dtype=torch.int32)
+        return self._forward(ids, positions, sequence, cache, torch.arange(len(running)))
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, sequence: torch.Tensor, cache: KVCache, last: torch.Tensor
+    ) -> torch.Tensor:
+        batch = self._model.batch(positions, sequence, cache.block_table)
+        return self._model.forward(ids, batch, cache, last)
+
+    def _sample(self, running: list[Sequence], logits: torch.Tensor, params: SamplingParams) -> list[int]:
+        places = [s.index for s in running], [s.next_position for s in running]
+        return sample(logits, self._model.shard.vocab, params, *places, self._group)
+
+    def _new_cache(self, max_lengths: list[int]) -> KVCache:
+        config, shard = self._model.config, self._model.shard
+        return KVCache(config.n_layers, len(shard.kv_heads), config.head_dim, max_lengths, self._kernels.act_dtype)
+
+    def _finished(self, sequence: Sequence, params: SamplingParams) -> str | None:
+        if sequence.generated[-1] in self._model.config.eos_ids and not params.ignore_eos:
+            return "stop"
+        return "length" if len(sequence.generated) == params.max_new_tokens else None

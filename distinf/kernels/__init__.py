@@ -1,0 +1,117 @@
+"""The op list: what a model is computed with. `load` returns one implementation; it is passed down, never global.
+
+Rows T are the tokens of a step, of all sequences together. The residual stream is fp32; what enters a GEMM
+is `act_dtype`. Trailing `_` means in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from distinf.kernels import native
+from distinf.kernels.reference import ReferenceKernels
+
+
+class PackedWeight(Protocol):
+    """A [n, k] weight in whatever order its kernels read it; opaque to everyone else."""
+
+    n: int
+    k: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass over the weight reads."""
+
+
+class ReadProbe(Protocol):
+    """Memory far larger than the caches."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+
+    def read_s(self) -> float:
+        """Read all of it once with the rank's threads: seconds."""
+
+
+class Kernels(Protocol):
+    """The ops. All tensors are contiguous in their last dimension; shapes are asserted, not broadcast."""
+
+    name: str  # "native" or "reference"
+    isa: str  # instruction set really used
+    threads: int
+    act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
+
+    def pack(self, weight: torch.Tensor) -> Any:
+        """[n, k] fp32 or bf16, rows may be strided -> PackedWeight; n or k may be 0."""
+
+    def linear(
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """x [T, k] act_dtype -> x . weight^T + bias: [T, n] in out_dtype (act_dtype or fp32); bias fp32 [n]."""
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x fp32 [T, hidden] += add_ (when given), then x / sqrt(mean(x^2) + eps) * weight: act_dtype.
+
+        weight is fp32 [hidden]. Zhang and Sennrich, arXiv 1910.07467.
+        """
+
+    def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Rotate x [T, heads, head_dim] (rows may be strided) by cos, sin fp32 [T, half], in place.
+
+        Element i of the first `half` pairs with element i + half (the "rotate half" order of Hugging Face);
+        elements past 2 * half stay. Su et al., arXiv 2104.09864.
+        """
+
+    def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: Any, batch: Any) -> None:
+        """Write k, v [T, kv_heads, head_dim] (rows strided alike) to each row's position in a LayerCache."""
+
+    def attention(
+        self, q: torch.Tensor, cache: Any, batch: Any, group: int, group_offset: int, window: int = 0
+    ) -> torch.Tensor:
+        """Causal softmax(q k^T / sqrt(head_dim)) v over the cache: q [T, heads, head_dim] -> same shape.
+
+        `group` query heads of the whole model share a KV head; local head h reads local KV head
+        (group_offset + h) // group. `window` > 0 limits a row to its last `window` positions.
+        """
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, 2 n] -> silu(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU)."""
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """ids int32 [T], table [vocab, hidden] in act_dtype -> fp32 [T, hidden]."""
+
+    def read_probe(self) -> ReadProbe:
+        """Memory of this rank to measure its read bandwidth on; freed with the object."""
+
+    def measure_peak_tflops(self) -> float:
+        """bf16 peak of this rank's threads with the instruction set in use, TFLOP/s."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a rank computes: one core per thread (-1: unpinned), and whether other ranks share those cores."""
+
+    cpus: tuple[int, ...]
+    oversubscribed: bool = False
+
+
+def load(name: str, isa: str, dtype: str, placement: Placement) -> Kernels:
+    """Kernels by `--kernels` name, `--isa` and `--dtype`.
+
+    Raises ValueError when native kernels or the instruction set are asked for and cannot be had.
+    """
+    if name == "auto":
+        name = "native" if dtype != "fp32" and native.best_isa() else "reference"
+    if name == "native":
+        if dtype == "fp32":
+            raise ValueError("--kernels native cannot run --dtype fp32; expected --kernels reference or --dtype bf16")
+        return native.NativeKernels(native.resolve_isa(isa), list(placement.cpus), placement.oversubscribed)
+    if isa != "auto":
+        raise ValueError(f"--isa {isa} needs the native kernels, but --kernels reference --dtype {dtype} is in use")
+    return ReferenceKernels(torch.float32 if dtype == "fp32" else torch.bfloat16, len(placement.cpus))

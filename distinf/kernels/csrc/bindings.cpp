@@ -1,0 +1,112 @@
+// The Python module: operations on raw addresses. distinf/kernels/native.py checks shapes and dtypes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "pack.h"
+#include "roofline.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+using namespace distinf;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+uintptr_t pack(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n, int64_t k) {
+  auto* dst = static_cast<bf16*>(rt.arena.allocate(packed_elements(n, k) * sizeof(bf16)));
+  rt.team.run([=](const Worker& w) {
+    fp32 ? pack_bf16(w, at<const float>(src), stride, dst, n, k) : pack_bf16(w, at<const bf16>(src), stride, dst, n, k);
+  });
+  return reinterpret_cast<uintptr_t>(dst);
+}
+
+void linear(Runtime& rt, uintptr_t x, int64_t x_stride, uintptr_t w, uintptr_t bias, uintptr_t out, int64_t out_stride,
+            bool out_fp32, int64_t m, int64_t n, int64_t k) {
+  const LinearArgs args{at<const bf16>(x), x_stride,   at<const bf16>(w), at<const float>(bias),
+                        at<void>(out),     out_stride, out_fp32,          m,
+                        n,                 k};
+  rt.team.run([&](const Worker& worker) { rt.kernels.linear_bf16(worker, args); });
+}
+
+void rms_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t out, int64_t rows, int64_t n,
+              float eps) {
+  rt.team.run([=, &rt](const Worker& w) {
+    rt.kernels.rms_norm(w, at<float>(x), at<const float>(add), at<const float>(weight), at<bf16>(out), rows, n, eps);
+  });
+}
+
+void rope(Runtime& rt, uintptr_t x, int64_t stride, uintptr_t cos, uintptr_t sin, int64_t rows, int64_t heads,
+          int64_t head_dim, int64_t half) {
+  rt.team.run([=, &rt](const Worker& w) {
+    rt.kernels.rope(w, at<bf16>(x), stride, at<const float>(cos), at<const float>(sin), rows, heads, head_dim, half);
+  });
+}
+
+void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const CacheArgs& cache, const BatchArgs& batch) {
+  rt.team.run([&](const Worker& w) {
+    rt.kernels.kv_append(w, at<const bf16>(k), at<const bf16>(v), stride, cache, batch);
+  });
+}
+
+void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
+               int64_t group_offset, int64_t window, float scale, const CacheArgs& cache, const BatchArgs& batch) {
+  if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 512");
+  const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group, group_offset, window, scale};
+  rt.team.run([&](const Worker& w) { rt.kernels.attention(w, args, cache, batch); });
+}
+
+void silu_mul(Runtime& rt, uintptr_t x, uintptr_t out, int64_t rows, int64_t n) {
+  rt.team.run([=, &rt](const Worker& w) { rt.kernels.silu_mul(w, at<const bf16>(x), at<bf16>(out), rows, n); });
+}
+
+void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, uintptr_t out, int64_t rows, int64_t n) {
+  rt.team.run([=, &rt](const Worker& w) {
+    rt.kernels.embedding(w, at<const int32_t>(ids), at<const bf16>(table), at<float>(out), rows, n);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "distinf's native kernels, on raw addresses";
+  py::enum_<Isa>(m, "Isa")
+      .value("avx2", Isa::kAvx2)
+      .value("avx512", Isa::kAvx512)
+      .value("avx512_bf16", Isa::kAvx512Bf16)
+      .value("amx", Isa::kAmx);
+  m.def("isa_available", &isa_available);
+  m.def("cpu_name", &cpu_name);
+
+  py::class_<CacheArgs>(m, "Cache")
+      .def(py::init([](uintptr_t k, uintptr_t v, int64_t kv_heads, int64_t block_size, int64_t head_dim) {
+        return CacheArgs{at<bf16>(k), at<bf16>(v), kv_heads, block_size, head_dim};
+      }));
+  py::class_<BatchArgs>(m, "Batch")
+      .def(py::init([](uintptr_t positions, uintptr_t sequence, uintptr_t block_table, int64_t max_blocks, int64_t rows) {
+        return BatchArgs{at<const int32_t>(positions), at<const int32_t>(sequence), at<const int32_t>(block_table),
+                         max_blocks, rows};
+      }));
+
+  py::class_<Runtime>(m, "Runtime")
+      .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
+      .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
+      .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
+      .def("pack", &pack)
+      .def("linear", &linear)
+      .def("rms_norm", &rms_norm)
+      .def("rope", &rope)
+      .def("kv_append", &kv_append)
+      .def("attention", &attention)
+      .def("silu_mul", &silu_mul)
+      .def("embedding", &embedding)
+      .def("peak_tflops", &peak_tflops, py::arg("repeats"));
+
+  py::class_<ReadProbe>(m, "ReadProbe")
+      .def(py::init<Runtime&>(), py::keep_alive<1, 2>())
+      .def_property_readonly("bytes", &ReadProbe::bytes)
+      .def("read_s", &ReadProbe::read_s);
+}

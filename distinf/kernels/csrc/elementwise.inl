@@ -1,0 +1,117 @@
+// Norm, rotation, activation, embedding and KV append over the Vec of the including instruction set.
+
+// Up to kLanes elements through a buffer: the ends of rows that are no whole vector.
+template <class T>
+inline Vec load_part(const T* p, int64_t n) {
+  float buffer[kLanes] = {};
+  for (int64_t i = 0; i < n; i++) buffer[i] = to_float(p[i]);
+  return load(buffer);
+}
+
+inline void store_part(float* p, Vec v, int64_t n) {
+  float buffer[kLanes];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
+}
+
+inline void store_part(bf16* p, Vec v, int64_t n) {
+  bf16 buffer[kLanes];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
+}
+
+// Vector at offset i of a row of n elements, whole or its last part.
+template <class T>
+inline Vec load_n(const T* p, int64_t i, int64_t n) { return i + kLanes <= n ? load(p + i) : load_part(p + i, n - i); }
+template <class T>
+inline void store_n(T* p, Vec v, int64_t i, int64_t n) { i + kLanes <= n ? store(p + i, v) : store_part(p + i, v, n - i); }
+
+// e^x: x = n ln 2 + r with |r| <= ln 2 / 2, then a degree-6 polynomial for e^r (truncation error 2e-8 relative,
+// below half an fp32 ulp), scaled by 2^n. Below -87.3 the result would be subnormal and is 2^-126.
+inline Vec exp(Vec x) {
+  x = min(max(x, broadcast(-87.3f)), broadcast(88.3f));
+  const Vec n = round(mul(x, broadcast(1.44269504f)));
+  Vec r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.0f / 720);
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  return mul(p, exp2_whole(n));
+}
+
+void rms_norm(const Worker& w, float* x, const float* add_rows, const float* weight, bf16* out, int64_t rows, int64_t n,
+              float eps) {
+  for (int64_t row = w.begin(rows); row < w.end(rows); row++) {
+    float* xr = x + row * n;
+    Vec squares = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+      Vec v = load_n(xr, i, n);
+      if (add_rows) {
+        v = add(v, load_n(add_rows + row * n, i, n));
+        store_n(xr, v, i, n);
+      }
+      squares = fma(v, v, squares);
+    }
+    const Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store_n(out + row * n, mul(mul(load_n(xr, i, n), scale), load_n(weight, i, n)), i, n);
+    }
+  }
+}
+
+void rope(const Worker& w, bf16* x, int64_t stride, const float* cos, const float* sin, int64_t rows, int64_t heads,
+          int64_t head_dim, int64_t half) {
+  for (int64_t i = w.begin(rows * heads); i < w.end(rows * heads); i++) {
+    const int64_t row = i / heads;
+    bf16* first = x + row * stride + i % heads * head_dim;
+    bf16* second = first + half;
+    for (int64_t d = 0; d < half; d += kLanes) {
+      const Vec a = load_n(first, d, half), b = load_n(second, d, half);
+      const Vec c = load_n(cos + row * half, d, half), s = load_n(sin + row * half, d, half);
+      store_n(first, sub(mul(a, c), mul(b, s)), d, half);
+      store_n(second, fma(b, c, mul(a, s)), d, half);
+    }
+  }
+}
+
+inline int64_t cache_offset(const CacheArgs& cache, const BatchArgs& batch, int64_t sequence, int64_t position,
+                            int64_t head) {
+  const int64_t block = batch.block_table[sequence * batch.max_blocks + position / cache.block_size];
+  return ((block * cache.kv_heads + head) * cache.block_size + position % cache.block_size) * cache.head_dim;
+}
+
+void kv_append(const Worker& w, const bf16* k, const bf16* v, int64_t stride, const CacheArgs& cache,
+               const BatchArgs& batch) {
+  const int64_t items = batch.rows * cache.kv_heads;
+  for (int64_t i = w.begin(items); i < w.end(items); i++) {
+    const int64_t row = i / cache.kv_heads, head = i % cache.kv_heads;
+    const int64_t to = cache_offset(cache, batch, batch.sequence[row], batch.positions[row], head);
+    const int64_t from = row * stride + head * cache.head_dim;
+    std::memcpy(cache.k + to, k + from, cache.head_dim * sizeof(bf16));
+    std::memcpy(cache.v + to, v + from, cache.head_dim * sizeof(bf16));
+  }
+}
+
+void silu_mul(const Worker& w, const bf16* x, bf16* out, int64_t rows, int64_t n) {
+  for (int64_t row = 0; row < rows; row++) {
+    const bf16 *gate = x + row * 2 * n, *up = gate + n;
+    // Whole vectors per worker, so that only the last one meets the end of the row.
+    const int64_t vectors = (n + kLanes - 1) / kLanes;
+    for (int64_t i = w.begin(vectors) * kLanes; i < std::min(w.end(vectors) * kLanes, n); i += kLanes) {
+      const Vec g = load_n(gate, i, n);
+      const Vec silu = div(g, add(broadcast(1.0f), exp(sub(zero(), g))));
+      store_n(out + row * n, mul(silu, load_n(up, i, n)), i, n);
+    }
+  }
+}
+
+void embedding(const Worker& w, const int32_t* ids, const bf16* table, float* out, int64_t rows, int64_t n) {
+  for (int64_t row = w.begin(rows); row < w.end(rows); row++) {
+    const bf16* from = table + static_cast<int64_t>(ids[row]) * n;
+    for (int64_t i = 0; i < n; i += kLanes) store_n(out + row * n, load_n(from, i, n), i, n);
+  }
+}

@@ -1,0 +1,25 @@
+// AMX for GEMMs of several rows; everything else is the AVX-512 bf16 path.
+#include "gemm_amx.h"
+
+namespace distinf {
+namespace {
+
+// Below this many rows a tile is mostly empty and the vector kernel reads the weights just as fast.
+constexpr int64_t kAmxRows = 4;
+
+void linear_bf16(const Worker& w, const LinearArgs& args) {
+  (args.m < kAmxRows ? kAvx512Bf16Kernels.linear_bf16 : linear_bf16_amx)(w, args);
+}
+
+KernelTable with_amx() {
+  KernelTable table = kAvx512Bf16Kernels;
+  table.linear_bf16 = linear_bf16;
+  table.peak_bf16 = peak_bf16_amx;
+  return table;
+}
+
+}  // namespace
+
+const KernelTable kAmxKernels = with_amx();
+
+}  // namespace distinf

@@ -1,0 +1,29 @@
+// Every kernel for one instruction set. The pragma comes after the standard headers, so that no shared inline
+// function is compiled for a CPU that may not be there.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "kernel_table.h"
+
+#pragma GCC target("avx2,fma")
+
+namespace distinf::avx2 {
+namespace {
+#include "vec_avx2.h"
+#include "elementwise.inl"
+#include "gemm_bf16.inl"
+#include "attention.inl"
+#include "peak.inl"
+}  // namespace
+}  // namespace distinf::avx2
+
+namespace distinf {
+const KernelTable kAvx2Kernels = {
+    avx2::linear_bf16, avx2::rms_norm, avx2::rope,      avx2::kv_append,
+    avx2::attention,   avx2::silu_mul, avx2::embedding, avx2::peak_bf16,
+};
+}  // namespace distinf

@@ -1,0 +1,29 @@
+// Every kernel for one instruction set. The pragma comes after the standard headers, so that no shared inline
+// function is compiled for a CPU that may not be there.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "kernel_table.h"
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+
+namespace distinf::avx512 {
+namespace {
+#include "vec_avx512.h"
+#include "elementwise.inl"
+#include "gemm_bf16.inl"
+#include "attention.inl"
+#include "peak.inl"
+}  // namespace
+}  // namespace distinf::avx512
+
+namespace distinf {
+const KernelTable kAvx512Kernels = {
+    avx512::linear_bf16, avx512::rms_norm, avx512::rope,      avx512::kv_append,
+    avx512::attention,   avx512::silu_mul, avx512::embedding, avx512::peak_bf16,
+};
+}  // namespace distinf

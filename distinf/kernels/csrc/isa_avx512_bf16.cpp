@@ -1,0 +1,30 @@
+// Every kernel for one instruction set. The pragma comes after the standard headers, so that no shared inline
+// function is compiled for a CPU that may not be there.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "kernel_table.h"
+
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
+#define DISTINF_HAS_BF16
+
+namespace distinf::avx512_bf16 {
+namespace {
+#include "vec_avx512.h"
+#include "elementwise.inl"
+#include "gemm_bf16.inl"
+#include "attention.inl"
+#include "peak.inl"
+}  // namespace
+}  // namespace distinf::avx512_bf16
+
+namespace distinf {
+const KernelTable kAvx512Bf16Kernels = {
+    avx512_bf16::linear_bf16, avx512_bf16::rms_norm, avx512_bf16::rope,      avx512_bf16::kv_append,
+    avx512_bf16::attention,   avx512_bf16::silu_mul, avx512_bf16::embedding, avx512_bf16::peak_bf16,
+};
+}  // namespace distinf

@@ -1,0 +1,79 @@
+// The functions that exist once per instruction set. Dispatch is one table, chosen when a Runtime is made.
+#pragma once
+#include <cstdint>
+
+#include "bf16.h"
+#include "thread_team.h"
+
+namespace distinf {
+
+// Columns of a packed weight that lie together: two AMX tiles, two AVX-512 or four AVX2 vectors wide.
+constexpr int64_t kPanel = 32;
+// Rows of K are padded to one AMX tile of bf16 (32); the padding is zero.
+constexpr int64_t kDepth = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// out[m, n] (fp32 or bf16) = x[m, k] . w[n, k]^T (+ bias[n])
+struct LinearArgs {
+  const bf16* x;      // [m, k], row stride x_stride
+  int64_t x_stride;
+  const bf16* w;      // packed: [n / kPanel][k_padded / 2][kPanel][2]
+  const float* bias;  // [n] or nullptr
+  void* out;          // [m, n], row stride out_stride
+  int64_t out_stride;
+  bool out_fp32;
+  int64_t m, n, k;
+};
+
+// Which rows of a step belong to which sequence, and where their keys and values lie.
+struct BatchArgs {
+  const int32_t* positions;    // [rows] place of the row in its sequence
+  const int32_t* sequence;     // [rows] sequence of the row
+  const int32_t* block_table;  // [sequences, max_blocks] block of the cache that holds positions i*block ..
+  int64_t max_blocks;
+  int64_t rows;
+};
+
+// Paged keys and values of one layer, this rank's heads.
+struct CacheArgs {
+  bf16* k;  // [blocks, kv_heads, block_size, head_dim]
+  bf16* v;
+  int64_t kv_heads, block_size, head_dim;
+};
+
+// Query and accumulator of one head live on the stack of the thread that works on it.
+constexpr int64_t kMaxHeadDim = 512;
+
+struct AttentionArgs {
+  const bf16* q;  // [rows, q_heads, head_dim], row stride q_stride
+  int64_t q_stride;
+  bf16* out;      // [rows, q_heads, head_dim], contiguous
+  int64_t q_heads;
+  int64_t group;         // query heads per KV head in the whole model
+  int64_t group_offset;  // place of local query head 0 in its group: local KV head = (group_offset + head) / group
+  int64_t window;        // keys a row may see, itself included; 0: all
+  float scale;
+};
+
+struct KernelTable {
+  void (*linear_bf16)(const Worker&, const LinearArgs&);
+  // x[rows, n] += add (when given), then out = x / rms(x) * weight
+  void (*rms_norm)(const Worker&, float* x, const float* add, const float* weight, bf16* out, int64_t rows, int64_t n,
+                   float eps);
+  // Rotates the first 2*half elements of each of heads [rows, heads, head_dim] in place; cos, sin [rows, half].
+  void (*rope)(const Worker&, bf16* x, int64_t stride, const float* cos, const float* sin, int64_t rows, int64_t heads,
+               int64_t head_dim, int64_t half);
+  void (*kv_append)(const Worker&, const bf16* k, const bf16* v, int64_t stride, const CacheArgs&, const BatchArgs&);
+  void (*attention)(const Worker&, const AttentionArgs&, const CacheArgs&, const BatchArgs&);
+  // out[rows, n] = silu(x[:, :n]) * x[:, n:]
+  void (*silu_mul)(const Worker&, const bf16* x, bf16* out, int64_t rows, int64_t n);
+  // out[rows, n] fp32 = table[ids]
+  void (*embedding)(const Worker&, const int32_t* ids, const bf16* table, float* out, int64_t rows, int64_t n);
+  // bf16 multiply-adds on registers; returns the floating-point operations done.
+  double (*peak_bf16)(int64_t iterations, float* sink);
+};
+
+extern const KernelTable kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
+
+}  // namespace distinf

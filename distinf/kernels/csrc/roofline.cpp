@@ -1,0 +1,53 @@
+#include "roofline.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "pack.h"
+
+namespace distinf {
+namespace {
+
+double seconds(ThreadTeam& team, const Op& op) {
+  const auto start = std::chrono::steady_clock::now();
+  team.run(op);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+ReadProbe::ReadProbe(Runtime& rt)
+    : rt_(rt),
+      bytes_(std::max<int64_t>(256 << 20, 4 * sysconf(_SC_LEVEL3_CACHE_SIZE))),
+      data_(static_cast<char*>(arena_.allocate(bytes_))),
+      sinks_(rt.team.size() * 8) {
+  rt_.team.run([this](const Worker& w) {  // ones: a page of zeros might not be a page of its own
+    const int64_t lines = bytes_ / 64;
+    std::memset(data_ + w.begin(lines) * 64, 1, (w.end(lines) - w.begin(lines)) * 64);
+  });
+}
+
+double ReadProbe::read_s() {
+  return seconds(rt_.team, [this](const Worker& w) { sinks_[w.index * 8] += read_stream(w, data_, bytes_); });
+}
+
+double peak_tflops(Runtime& rt, int repeats) {
+  constexpr int64_t kIterations = 200000;  // tens of milliseconds: far above the cost of starting the team
+  std::vector<float> sinks(rt.team.size() * 16);
+  std::vector<double> flops(rt.team.size() * 8);
+  double best = 0;
+  for (int i = 0; i < repeats; i++) {
+    const double s = seconds(rt.team, [&](const Worker& w) {
+      flops[w.index * 8] = rt.kernels.peak_bf16(kIterations, &sinks[w.index * 16]);
+    });
+    double total = 0;
+    for (double f : flops) total += f;
+    best = std::max(best, total / s / 1e12);
+  }
+  return best;
+}
+
+}  // namespace distinf

@@ -1,0 +1,28 @@
+// What this machine can do, measured by the rank's own threads: the ceilings that benchmarks are held against.
+#pragma once
+#include <vector>
+
+#include "runtime.h"
+
+namespace distinf {
+
+// Memory far larger than the caches, on 2 MiB pages, each part first touched by the worker that will read it.
+class ReadProbe {
+ public:
+  explicit ReadProbe(Runtime& rt);
+  int64_t bytes() const { return bytes_; }
+  // One read of all of it by the whole team, in seconds.
+  double read_s();
+
+ private:
+  Runtime& rt_;
+  Arena arena_;
+  int64_t bytes_;
+  char* data_;
+  std::vector<uint64_t> sinks_;  // a cache line apart; keeps the loads from being dropped
+};
+
+// Best of repeats runs of the instruction set's bf16 multiply-adds on every thread, in TFLOP/s.
+double peak_tflops(Runtime& rt, int repeats);
+
+}  // namespace distinf

@@ -1,0 +1,34 @@
+// What one rank computes with: its threads, its kernels and the memory of its packed weights.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "arena.h"
+#include "isa.h"
+#include "kernel_table.h"
+#include "thread_team.h"
+
+namespace distinf {
+
+class Runtime {
+ public:
+  // The caller has checked isa_available(isa); tests that emulate an instruction set have not.
+  Runtime(Isa isa, const std::vector<int>& cpus, bool oversubscribed)
+      : kernels(table(isa)), team(cpus, oversubscribed) {}
+
+  const KernelTable& kernels;
+  ThreadTeam team;
+  Arena arena;
+
+ private:
+  static const KernelTable& table(Isa isa) {
+    switch (isa) {
+      case Isa::kAvx512: return kAvx512Kernels;
+      case Isa::kAvx512Bf16: return kAvx512Bf16Kernels;
+      case Isa::kAmx: return kAmxKernels;
+      default: return kAvx2Kernels;
+    }
+  }
+};
+
+}  // namespace distinf

@@ -1,0 +1,65 @@
+// A persistent team of pinned threads that run one function together: no fork/join on the token path.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace distinf {
+
+class ThreadTeam;
+
+// What one thread of the team knows while an operation runs.
+struct Worker {
+  int index;
+  int count;
+  ThreadTeam* team;
+
+  // Contiguous part of n items that is this worker's, sizes differing by at most one.
+  int64_t begin(int64_t n) const { return n * index / count; }
+  int64_t end(int64_t n) const { return n * (index + 1) / count; }
+  void barrier() const;
+};
+
+// An operation: every worker of the team calls it once; it may meet at worker.barrier().
+using Op = std::function<void(const Worker&)>;
+
+class ThreadTeam {
+ public:
+  // One thread per entry of cpus, pinned to it (-1: not pinned). Entry 0 is the calling thread.
+  // oversubscribed: other runnable threads share these cores, so waiting yields at once.
+  ThreadTeam(const std::vector<int>& cpus, bool oversubscribed);
+  ~ThreadTeam();
+  ThreadTeam(const ThreadTeam&) = delete;
+  ThreadTeam& operator=(const ThreadTeam&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  // Runs op on every thread, the caller included, and returns when all have finished. Op must not throw.
+  void run(const Op& op);
+  void barrier();
+
+ private:
+  void work(int index, int cpu);
+  // Spins, then yields, then sleeps until word differs from old.
+  void wait_change(std::atomic<uint32_t>& word, uint32_t old);
+  // Moves word on, and wakes those that went to sleep on it; no system call when nobody did.
+  void change(std::atomic<uint32_t>& word);
+
+  // A team of one waits for nobody. 2000 pauses are about 20-70 us: longer than any gap between the
+  // operations of a step, shorter than a scheduler quantum.
+  static constexpr int kSpins = 2000;
+
+  std::vector<std::thread> workers_;
+  const Op* op_ = nullptr;
+  int spins_;
+  bool stop_ = false;
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+};
+
+inline void Worker::barrier() const { team->barrier(); }
+
+}  // namespace distinf

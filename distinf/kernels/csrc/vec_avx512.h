@@ -1,0 +1,60 @@
+// Sixteen fp32 lanes on AVX-512 (F, BW, VL, DQ); with DISTINF_HAS_BF16 also the bf16 instructions.
+// Included inside namespace distinf::<isa> by isa_avx512.cpp and isa_avx512_bf16.cpp only.
+using Vec = __m512;
+constexpr int kLanes = 16;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const bf16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void store(bf16* p, Vec v) {
+#ifdef DISTINF_HAS_BF16
+  const __m256i packed = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even_up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_mov_epi32(even_up, nan, _mm512_set1_epi32(0x7fc00000));
+  const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+}
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// 2^n for whole n in [-126, 127]: n goes into the exponent field.
+inline Vec exp2_whole(Vec n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+
+// Pairs (k, k+1) of sixteen columns, in the order the packed weights have them.
+using Pairs = __m512i;
+inline Pairs load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
+inline Pairs broadcast_pair(const bf16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+// acc + a.low * b.low + a.high * b.high, fp32
+inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
+#ifdef DISTINF_HAS_BF16
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+  const Vec a_low = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), b_low = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
+  const Vec a_high = _mm512_castsi512_ps(_mm512_and_si512(a, high)), b_high = _mm512_castsi512_ps(_mm512_and_si512(b, high));
+  return fma(a_high, b_high, fma(a_low, b_low, acc));
+#endif
+}

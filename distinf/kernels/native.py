@@ -1,0 +1,183 @@
+"""The ops in C++ (csrc/): this file checks shapes and dtypes and passes addresses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distinf.kernels.batch import Batch, LayerCache
+
+try:
+    from distinf.kernels import _native
+except ImportError as error:  # a source tree that was never built
+    _native = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+BF16 = torch.bfloat16
+FP32 = torch.float32
+
+# Largest first; "avx512" on the command line means the better of its two forms.
+_LEVELS = ("amx", "avx512_bf16", "avx512", "avx2")
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this process may use, best first; empty without the extension or AVX2."""
+    if _native is None:
+        return []
+    return [name for name in _LEVELS if _native.isa_available(getattr(_native.Isa, name))]
+
+
+def best_isa() -> str | None:
+    """The best of available_isas, or None."""
+    return next(iter(available_isas()), None)
+
+
+def cpu_name() -> str:
+    """The CPU's own name; virtual machines report what they like."""
+    return _native.cpu_name() if _native is not None else "unknown"
+
+
+def resolve_isa(isa: str) -> str:
+    """`--isa` to a level of this CPU. Raises ValueError when the CPU or the operating system lacks it."""
+    if _native is None:
+        raise ValueError(f"--kernels native: the extension is not built ({_import_error}); run `pip install .`")
+    available = available_isas()
+    wanted = {"auto": _LEVELS, "avx512": ("avx512_bf16", "avx512")}.get(isa, (isa,))
+    for level in wanted:
+        if level in available:
+            return level
+    raise ValueError(f"--isa {isa}: this CPU ({cpu_name()}) has {', '.join(available) or 'none of them'}")
+
+
+@dataclass(frozen=True)
+class NativeWeight:
+    """A packed [n, k] bf16 weight in the runtime's arena; csrc/kernel_table.h has the layout."""
+
+    address: int
+    n: int
+    k: int
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.n * self.k
+
+
+class NativeKernels:
+    """See distinf.kernels.Kernels. One thread team and one weight arena each; torch keeps to one thread."""
+
+    name = "native"
+    act_dtype = BF16
+
+    def __init__(self, isa: str, cpus: list[int], oversubscribed: bool) -> None:
+        """`isa` is a resolved level. The calling thread becomes thread 0 of the team, pinned to cpus[0]."""
+        torch.set_num_threads(1)
+        self.isa = isa
+        self.threads = len(cpus)
+        self._rt = _native.Runtime(getattr(_native.Isa, isa), cpus, oversubscribed)
+
+    def pack(self, weight: torch.Tensor) -> NativeWeight:
+        n, k = weight.shape
+        assert weight.dtype in (BF16, FP32) and (weight.stride(1) == 1 or not weight.numel()), weight.stride()
+        assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
+        address = self._rt.pack(weight.data_ptr(), weight.stride(0), weight.dtype == FP32, n, k) if n and k else 0
+        return NativeWeight(address, n, k)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: NativeWeight,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        m, k = x.shape
+        assert k == weight.k and x.dtype == BF16 and (x.stride(1) == 1 or not k), (x.shape, x.dtype, weight)
+        assert bias is None or (bias.dtype == FP32 and bias.shape == (weight.n,))
+        dtype = out_dtype or BF16
+        if k == 0:  # an empty shard adds nothing
+            out = torch.zeros(m, weight.n, dtype=dtype)
+            return out if bias is None else out + bias.to(dtype)
+        out = torch.empty(m, weight.n, dtype=dtype)
+        if weight.n:
+            self._rt.linear(
+                x.data_ptr(), x.stride(0), weight.address, _address(bias), out.data_ptr(), weight.n,
+                dtype == FP32, m, weight.n, k,
+            )  # fmt: skip
+        return out
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert x.dtype == weight.dtype == FP32 and x.is_contiguous() and weight.shape == x.shape[1:]
+        assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
+        out = torch.empty(x.shape, dtype=BF16)
+        self._rt.rms_norm(x.data_ptr(), _address(add_), weight.data_ptr(), out.data_ptr(), *x.shape, eps)
+        return out
+
+    def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        rows, heads, head_dim = x.shape
+        half = cos.shape[1]
+        assert x.dtype == BF16 and _heads_adjacent(x) and 2 * half <= head_dim
+        assert cos.shape == sin.shape == (rows, half) and cos.dtype == sin.dtype == FP32 and cos.is_contiguous()
+        self._rt.rope(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), rows, heads, head_dim, half)
+
+    def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
+        assert k.shape == v.shape and k.stride(0) == v.stride(0) and k.dtype == v.dtype == BF16
+        assert _heads_adjacent(k) and _heads_adjacent(v) and k.shape[1] == cache.k.shape[1]
+        self._rt.kv_append(k.data_ptr(), v.data_ptr(), k.stride(0), _cache_args(cache), _batch_args(batch))
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+    ) -> torch.Tensor:
+        rows, heads, head_dim = q.shape
+        assert q.dtype == BF16 and _heads_adjacent(q) and head_dim == cache.k.shape[3]
+        assert (group_offset + heads - 1) // group < cache.k.shape[1], "a query head without its KV head"
+        out = torch.empty(rows, heads, head_dim, dtype=BF16)
+        self._rt.attention(
+            q.data_ptr(), q.stride(0), out.data_ptr(), heads, group, group_offset, window,
+            1 / math.sqrt(head_dim), _cache_args(cache), _batch_args(batch),
+        )  # fmt: skip
+        return out
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        rows, n = x.shape[0], x.shape[1] // 2
+        assert x.dtype == BF16 and x.is_contiguous()
+        out = torch.empty(rows, n, dtype=BF16)
+        self._rt.silu_mul(x.data_ptr(), out.data_ptr(), rows, n)
+        return out
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        assert ids.dtype == torch.int32 and table.dtype == BF16 and table.is_contiguous()
+        out = torch.empty(len(ids), table.shape[1])
+        self._rt.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), *out.shape)
+        return out
+
+    def read_probe(self) -> Any:
+        return _native.ReadProbe(self._rt)
+
+    def measure_peak_tflops(self) -> float:
+        return float(self._rt.peak_tflops(5))
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _heads_adjacent(x: torch.Tensor) -> bool:
+    """[T, heads, head_dim] whose rows may be strided but whose heads lie one behind the other."""
+    return not x.numel() or (x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]))
+
+
+def _cache_args(cache: LayerCache) -> object:
+    _, kv_heads, block_size, head_dim = cache.k.shape
+    assert cache.k.dtype == BF16 and cache.k.is_contiguous() and cache.v.is_contiguous()
+    return _native.Cache(cache.k.data_ptr(), cache.v.data_ptr(), kv_heads, block_size, head_dim)
+
+
+def _batch_args(batch: Batch) -> object:
+    return _native.Batch(
+        batch.positions.data_ptr(), batch.sequence.data_ptr(), batch.block_table.data_ptr(),
+        batch.block_table.shape[1], len(batch.positions),
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""The ops in plain torch: the oracle of every kernel test, and the fallback where native kernels cannot run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from distinf.kernels.batch import Batch, LayerCache
+
+
+@dataclass(frozen=True)
+class ReferenceWeight:
+    """A weight as it was, [n, k]."""
+
+    data: torch.Tensor
+
+    @property
+    def n(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+class ReferenceKernels:
+    """See distinf.kernels.Kernels for shapes. Computes in fp32 and rounds each result once to its dtype."""
+
+    name = "reference"
+    isa = "torch"
+
+    def __init__(self, act_dtype: torch.dtype, threads: int) -> None:
+        self.act_dtype = act_dtype
+        self.threads = threads
+        torch.set_num_threads(threads)
+
+    def pack(self, weight: torch.Tensor) -> ReferenceWeight:
+        return ReferenceWeight(weight.to(self.act_dtype, copy=True).contiguous())
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        weight: ReferenceWeight,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        return F.linear(x.float(), weight.data.float(), bias).to(out_dtype or self.act_dtype)
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if add_ is not None:
+            x += add_
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(self.act_dtype)
+
+    def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        half = cos.shape[1]
+        first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+        c, s = cos[:, None], sin[:, None]
+        x[..., :half] = (first * c - second * s).to(x.dtype)
+        x[..., half : 2 * half] = (second * c + first * s).to(x.dtype)
+
+    def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
+        size = cache.k.shape[2]
+        block = batch.block_table[batch.sequence, batch.positions // size]
+        cache.k[block, :, batch.positions % size] = k
+        cache.v[block, :, batch.positions % size] = v
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+    ) -> torch.Tensor:
+        kv_head = (group_offset + torch.arange(q.shape[1])) // group
+        out = torch.empty(q.shape, dtype=self.act_dtype)
+        for sequence in batch.sequence.unique():
+            rows = batch.sequence == sequence
+            position = batch.positions[rows]
+            length = int(position.max()) + 1
+            k, v = (_gather(x, batch.block_table[sequence], length)[kv_head] for x in (cache.k, cache.v))
+            distance = position[:, None] - torch.arange(length)  # [rows, length]
+            hidden = (distance < 0) | ((distance >= window) if window else False)
+            scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+            probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
+            out[rows] = (probs @ v).transpose(0, 1).to(self.act_dtype)
+        return out
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(self.act_dtype)
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return table[ids].float()
+
+    def read_probe(self) -> TorchReadProbe:
+        return TorchReadProbe()
+
+    def measure_peak_tflops(self) -> float:
+        a = torch.ones(1024, 1024, dtype=self.act_dtype)
+        return max(2 * 1024**3 / _seconds(lambda: a @ a) / 1e12 for _ in range(5))
+
+
+class TorchReadProbe:
+    """See distinf.kernels.ReadProbe: a sum by torch, which reads at about the memory's speed."""
+
+    bytes = 256 << 20
+
+    def __init__(self) -> None:
+        self._data = torch.ones(self.bytes // 4)
+
+    def read_s(self) -> float:
+        return _seconds(self._data.sum)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
+    """Blocks of one sequence [blocks, heads, size, dim] -> fp32 [heads, length, dim]."""
+    return cache[blocks[: -(-length // cache.shape[2])]].transpose(0, 1).flatten(1, 2)[:, :length].float()

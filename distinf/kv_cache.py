@@ -1,0 +1,31 @@
+"""Paged keys and values of this rank's heads."""
+
+from __future__ import annotations
+
+import torch
+
+from distinf.kernels.batch import LayerCache
+
+BLOCK_SIZE = 64  # positions a block holds: two AMX tiles of keys deep
+
+
+class KVCache:
+    """Keys and values of all layers for a fixed set of sequences, in blocks of BLOCK_SIZE positions."""
+
+    def __init__(
+        self, n_layers: int, n_kv_heads_local: int, head_dim: int, max_lengths: list[int], dtype: torch.dtype
+    ) -> None:
+        """Room for sequences of `max_lengths` tokens each. Memory is touched only as positions are written."""
+        blocks = [-(-n // BLOCK_SIZE) for n in max_lengths]
+        shape = (sum(blocks), n_kv_heads_local, BLOCK_SIZE, head_dim)
+        self.layers = [LayerCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(n_layers)]
+        self.block_table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
+        first = 0
+        for sequence, n in enumerate(blocks):
+            self.block_table[sequence, :n] = torch.arange(first, first + n, dtype=torch.int32)
+            first += n
+
+    @staticmethod
+    def bytes_per_token(n_layers: int, n_kv_heads_local: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one more position of one sequence costs this rank."""
+        return 2 * n_layers * n_kv_heads_local * head_dim * dtype.itemsize

@@ -1,0 +1,187 @@
+"""The Python API: a model on all ranks of the job. Every rank runs the same script and gets the same results."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distinf import comm, topology
+from distinf import kernels as kernel_library
+from distinf.comm import Group, InputError, agreed
+from distinf.config import ModelConfig, RunConfig
+from distinf.engine import Engine, Sequence
+from distinf.kernels import Kernels, Placement
+from distinf.models import Model, family
+from distinf.models.params import Weights
+from distinf.sampling import SamplingParams
+from distinf.shard import ShardPlan, parse_shares
+from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
+from distinf.weights import Checkpoint, open_checkpoint
+from distinf.weights.load import load_weights
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One rank's part of a model and what it computes with."""
+
+    model: Model
+    kernels: Kernels
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One prompt's result, the same on every rank."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str  # "" without a tokenizer
+    finish_reason: str  # "stop" (end of sequence) or "length"
+    token_times_s: list[float]  # of each token, since generation began
+
+
+def place(group: Group, threads: int) -> Placement:
+    """Cores of this rank among the ranks of its node; `threads` 0 takes all of them."""
+    cores = group.all_gather_object(topology.allowed_cores())
+    mates = group.node_mates()
+    return Placement(*topology.place([cores[m] for m in mates], mates.index(group.rank), threads))
+
+
+def load_model(checkpoint: Checkpoint, run: RunConfig, group: Group, progress: bool = False) -> LoadedModel:
+    """Plan the shards, check that all ranks mean the same model, and load this rank's part.
+
+    Raises InputError on every rank for anything that one of them cannot load.
+    """
+    known, config = agreed(group, lambda: _parse(checkpoint))
+    _check_same(group, config, run)
+    placement = place(group, run.threads)
+    kernels = agreed(group, lambda: kernel_library.load(run.kernels, run.isa, run.dtype, placement))
+    plan = agreed(
+        group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
+    )
+    shard, show = plan.shards[group.rank], progress and group.rank == 0
+    weights = agreed(
+        group, lambda: load_weights(checkpoint, known.params(config), config, shard, group.rank, kernels, show)
+    )
+    return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
+
+
+def _parse(checkpoint: Checkpoint) -> tuple[Any, ModelConfig]:
+    known = family(str(checkpoint.config["model_type"]))
+    return known, known.config_from_hf(checkpoint.config)
+
+
+def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
+    """Raises InputError naming the first difference when a rank was started with other settings or another model."""
+    mine = {**{f"model {k}": repr(v) for k, v in asdict(config).items()}, **{k: repr(v) for k, v in asdict(run).items()}}
+    first, *others = group.all_gather_object(mine)
+    for rank, other in enumerate(others, start=1):
+        for key, value in first.items():
+            if other[key] != value:
+                raise InputError(f"ranks disagree on {key}: {value} on rank 0, {other[key]} on rank {rank}")
+
+
+class LLM:
+    """A loaded model with its tokenizer. Under `mpirun -n N` each rank constructs it and calls the same methods."""
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        dtype: str = "bf16",
+        shares: str | None = None,
+        kernels: str = "auto",
+        isa: str = "auto",
+        threads: int = 0,
+        load_format: str = "auto",
+        config: str | None = None,
+        num_layers: int | None = None,
+        group: Group | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
+
+        `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights
+        of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given.
+        `progress` shows a loading bar on stderr.
+
+        Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
+        """
+        start = time.perf_counter()
+        self.group = group or comm.init()
+        world_size = self.group.world_size
+        self.run = agreed(
+            self.group,
+            lambda: RunConfig(dtype, parse_shares(shares, world_size), kernels, isa, threads, load_format),
+        )
+        self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
+        checkpoint = agreed(
+            self.group,
+            lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
+        )
+        self.loaded = load_model(checkpoint, self.run, self.group, progress)
+        self.engine = Engine(self.loaded.model, self.loaded.kernels, self.group)
+        self._loaded_tokenizer: Tokenizer | None = None
+        self.load_s = time.perf_counter() - start
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture."""
+        return self.loaded.model.config
+
+    def tokenize(self, text: str, chat: bool = False) -> list[int]:
+        """Ids of a text on every rank; only rank 0 reads the tokenizer. Raises InputError without one."""
+        ids = agreed(self.group, lambda: self._need_tokenizer().encode(text, chat) if self.group.rank == 0 else [])
+        return list(self.group.broadcast_object(ids))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, for rank 0; None when it has none. Loading it takes seconds."""
+        try:
+            return self._need_tokenizer()
+        except ValueError:
+            return None
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._path is None:
+            raise ValueError("random weights have no tokenizer; give --token-ids instead of text")
+        if self._loaded_tokenizer is None:
+            self._loaded_tokenizer = Tokenizer(self._path)
+        return self._loaded_tokenizer
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        on_token: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> list[Completion]:
+        """Complete every prompt, all in one batch; texts, or lists of token ids.
+
+        `chat` puts each text into the checkpoint's chat template. `on_token` is called on every rank after
+        each token. Raises InputError for prompts that the model cannot take.
+        """
+        params = params or SamplingParams()
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self.tokenize(p, chat) if isinstance(p, str) else list(p) for p in texts]
+        agreed(self.group, lambda: self.engine.check(ids, params))
+        tokenizer = self.tokenizer if self.group.rank == 0 else None  # loaded before the clock starts
+        sequences = self.engine.generate(ids, params, on_token)
+        decoded = [tokenizer.decode(s.generated) if tokenizer else "" for s in sequences]
+        return [
+            Completion(s.prompt, s.generated, text, s.finish_reason or "length", s.token_times_s)
+            for s, text in zip(sequences, self.group.broadcast_object(decoded), strict=True)
+        ]
+
+
+def peak_rss_mb() -> float:
+    """Most memory that this process has had resident, MB (1e6 bytes), by the kernel's account."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+

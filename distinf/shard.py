@@ -1,0 +1,106 @@
+"""Shares into ranges: who holds which heads, FFN columns and vocabulary rows. Integers only, no tensor in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+
+# FFN and vocabulary ranges end on multiples of this: one packed panel of the kernels, one block of every
+# GGUF type with 32-element blocks, one group of the smallest int4 group size.
+TILE = 32
+
+
+def parse_shares(text: str | None, world_size: int) -> tuple[Fraction, ...]:
+    """`"3,1"` -> (3, 1); None -> equal shares.
+
+    Raises ValueError naming `--shares` when a share is no number or negative, when all are zero, or when
+    there is not one share for each of the `world_size` ranks.
+    """
+    if text is None:
+        return (Fraction(1),) * world_size
+    try:
+        shares = tuple(Fraction(part.strip()) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--shares {text!r}: expected numbers separated by commas, such as 1,1 or 3,1") from None
+    if len(shares) != world_size:
+        raise ValueError(f"--shares {text!r} has {len(shares)} entries but there are {world_size} ranks")
+    if min(shares) < 0:
+        raise ValueError(f"--shares {text!r}: a share cannot be negative")
+    if sum(shares) == 0:
+        raise ValueError(f"--shares {text!r}: at least one share must be above zero")
+    return shares
+
+
+def split(n: int, shares: Sequence[Fraction | int], multiple: int = 1) -> list[range]:
+    """Split `range(n)` into one contiguous range per share, on multiples of `multiple`.
+
+    Each boundary is the cumulated share rounded to the nearest multiple, so no range is off by more than one
+    multiple; a zero share gets an empty range.
+    """
+    total = sum(Fraction(s) for s in shares)
+    units = -(-n // multiple)
+    bounds = [min(n, multiple * int(units * s / total + Fraction(1, 2))) for s in accumulate(map(Fraction, shares))]
+    return [range(a, b) for a, b in zip([0, *bounds[:-1]], bounds, strict=True)]
+
+
+@dataclass(frozen=True)
+class HeadRange:
+    """One rank's query heads and the KV heads that they read (a KV head may stand on two ranks)."""
+
+    q: range
+    kv: range
+
+
+def split_heads(n_heads: int, n_kv_heads: int, shares: Sequence[Fraction | int]) -> list[HeadRange]:
+    """Split attention heads by shares: by single query heads or by whole KV groups, whichever loads ranks less.
+
+    A rank's load is its QKV and output projections, `2 q + 2 kv` head widths, per unit of share. A split by
+    query heads may repeat a KV head on two ranks; on a tie whole groups win, for their smaller KV cache.
+    """
+    group = n_heads // n_kv_heads
+    by_group = [HeadRange(range(r.start * group, r.stop * group), r) for r in split(n_kv_heads, shares)]
+    by_head = [
+        HeadRange(r, range(r.start // group, -(-r.stop // group)) if r else range(0)) for r in split(n_heads, shares)
+    ]
+
+    def load(heads: list[HeadRange]) -> Fraction:
+        return max((len(h.q) + len(h.kv)) / Fraction(s) for h, s in zip(heads, shares, strict=True) if s)
+
+    return by_group if load(by_group) <= load(by_head) else by_head
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds: ranges over the whole model's heads, FFN columns and vocabulary."""
+
+    q_heads: range
+    kv_heads: range
+    ffn: range
+    vocab: range
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Every rank's shard of one model."""
+
+    shards: tuple[Shard, ...]
+
+    @staticmethod
+    def build(n_heads: int, n_kv_heads: int, ffn: int, vocab: int, shares: Sequence[Fraction | int]) -> ShardPlan:
+        """Plan for `len(shares)` ranks.
+
+        Raises ValueError when a rank with a share above zero would get neither heads nor FFN columns.
+        """
+        heads = split_heads(n_heads, n_kv_heads, shares)
+        ffns = split(ffn, shares, TILE)
+        vocabs = split(vocab, shares, TILE)
+        shards = tuple(Shard(h.q, h.kv, f, v) for h, f, v in zip(heads, ffns, vocabs, strict=True))
+        for rank, (shard, share) in enumerate(zip(shards, shares, strict=True)):
+            if share and not shard.q_heads and not shard.ffn:
+                raise ValueError(
+                    f"{len(shares)} ranks are more than the model can use: rank {rank} would hold nothing of "
+                    f"{n_heads} heads and {ffn} FFN columns (in units of {TILE})"
+                )
+        return ShardPlan(shards)

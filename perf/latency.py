@@ -1,0 +1,112 @@
+"""Time to first token and time per output token, beside what the machine's memory and arithmetic allow.
+
+    python perf/latency.py --load-format dummy --config perf/models/lab-1b.json --input-len 128 --output-len 64
+    launch/mpirun.sh -n 2 -- python perf/latency.py --model smollm2-135m --batch 8
+
+Prints a table, then one JSON line. The end of a text is ignored; the first run warms up and is not counted;
+the read bandwidth and the arithmetic peak are measured in this run, by the same threads on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from distinf.cli import add_model_arguments, load_llm, run_ranks
+from distinf.comm import Group, InputError
+from distinf.llm import LLM, Completion, peak_rss_mb
+from distinf.sampling import SamplingParams
+from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: %(default)s)")
+    parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--output-len", type=int, default=64, help="new tokens (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="counted runs (default: %(default)s)")
+    parser.set_defaults(run=measure)
+    run_ranks(parser)
+
+
+def measure(args: argparse.Namespace, group: Group) -> None:
+    """Load, time, and report; on every rank."""
+    for flag in ("batch", "input_len", "output_len", "runs"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
+    llm = load_llm(args, group)
+    # Any ids do: what they mean does not change the time. Different ones for each sequence.
+    vocab = llm.config.vocab
+    prompts = [[(7919 * i + 31 * b) % vocab for i in range(args.input_len)] for b in range(args.batch)]
+    params = SamplingParams(max_new_tokens=args.output_len, ignore_eos=True)
+    llm.generate(prompts, params)
+    runs = [llm.generate(prompts, params) for _ in range(args.runs)]
+    result = report(args, llm, [run[0] for run in runs])
+    if group.rank == 0:
+        print(table(result))
+        print(json.dumps(result), flush=True)
+
+
+def report(args: argparse.Namespace, llm: LLM, runs: list[Completion]) -> dict[str, Any]:
+    """The JSON line; collective. All sequences of a batch step together: the first one's times are everyone's."""
+    group, kernels, weights = llm.group, llm.loaded.kernels, llm.loaded.weights
+    rss = group.all_gather_object(round(peak_rss_mb(), 1))
+    ceiling = measure_read_gb_s(kernels, group)
+    peak = sum(group.all_gather_object(kernels.measure_peak_tflops()))
+    weight_bytes = sum(group.all_gather_object(weights.bytes_per_token))
+    flops = sum(group.all_gather_object(weights.gemm_flops(args.batch * args.input_len, args.batch)))
+    ttft = percentiles([1e3 * run.token_times_s[0] for run in runs])
+    tpot = percentiles([gap for run in runs for gap in token_gaps_ms(run.token_times_s)])
+    tflops = flops / ttft["p50"] / 1e9
+    amx = kernels.isa == "amx"
+    return {
+        "model": Path(args.config).stem if args.config else args.model,
+        "dtype": llm.run.dtype,
+        "batch": args.batch,
+        "input_len": args.input_len,
+        "output_len": args.output_len,
+        "world_size": group.world_size,
+        "threads": kernels.threads,
+        "isa": kernels.isa,
+        "kernels": kernels.name,
+        "comm": group.name,
+        "ttft_ms": ttft,
+        "tpot_ms": tpot,
+        "prefill_tok_s": round(1e3 * args.batch * args.input_len / ttft["p50"], 1),
+        "decode_tok_s": round(1e3 * args.batch / tpot["p50"], 2) if tpot else None,
+        "weight_bytes_per_token": weight_bytes,
+        **decode_rates(weight_bytes, tpot.get("p50"), ceiling),
+        "prefill_tflops": round(tflops, 4),
+        "peak_tflops": round(peak, 4),
+        "peak_fraction": round(tflops / peak, 4),
+        "amx_peak_tflops": round(peak, 4) if amx else None,
+        "amx_fraction": round(tflops / peak, 4) if amx else None,
+        "load_s": round(llm.load_s, 3),
+        "peak_rss_mb": rss,
+    }
+
+
+def table(r: dict[str, Any]) -> str:
+    """The figures for a person."""
+    rows = [
+        ("model", f"{r['model']} {r['dtype']}, batch {r['batch']}, {r['input_len']} in / {r['output_len']} out"),
+        ("ranks x threads", f"{r['world_size']} x {r['threads']}, {r['kernels']} {r['isa']}, {r['comm']}"),
+        ("TTFT ms", "  ".join(f"{k} {v:.2f}" for k, v in r["ttft_ms"].items())),
+        ("TPOT ms", "  ".join(f"{k} {v:.2f}" for k, v in r["tpot_ms"].items())),
+        ("prefill", f"{r['prefill_tok_s']} tok/s, {r['prefill_tflops']:.3f} TFLOP/s = "
+                    f"{r['peak_fraction']:.2f} of the {r['isa']} peak {r['peak_tflops']:.3f}"),
+    ]  # fmt: skip
+    if r["tpot_ms"]:
+        rows.append(
+            ("decode", f"{r['decode_tok_s']} tok/s, {r['read_gb_s']} GB/s = "
+                       f"{r['roofline']:.2f} of the measured {r['roofline_read_gb_s']} GB/s")
+        )  # fmt: skip
+    rows += [("load", f"{r['load_s']} s"), ("peak memory", f"{r['peak_rss_mb']} MB")]
+    return "\n".join(f"{name:<16} {text}" for name, text in rows)
+
+
+if __name__ == "__main__":
+    main()
