@@ -70,7 +70,7 @@ class Engine:
         """
         start = time.perf_counter()
         sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
-        cache = self._new_cache([len(p) + params.max_new_tokens for p in prompts])
+        cache = self.new_cache([len(p) + params.max_new_tokens for p in prompts])
 
         def take(running: list[Sequence], logits: torch.Tensor) -> list[Sequence]:
             for sequence, token in zip(running, self._sample(running, logits, params), strict=True):
@@ -115,7 +115,8 @@ class Engine:
         places = [s.index for s in running], [s.next_position for s in running]
         return sample(logits, self._model.shard.vocab, params, *places, self._group)
 
-    def _new_cache(self, max_lengths: list[int]) -> KVCache:
+    def new_cache(self, max_lengths: list[int]) -> KVCache:
+        """Room for one sequence of each length, this rank's heads."""
         config, shard = self._model.config, self._model.shard
         return KVCache(config.n_layers, len(shard.kv_heads), config.head_dim, max_lengths, self._kernels.act_dtype)
 

@@ -51,7 +51,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     built = []
     for name in ("amx_emulator", "amx_probe"):
         built.append(str(out / f"{name}.so"))
-        flags = "-O2 -std=c++17 -fPIC -shared".split()
+        flags = ["-O2", "-std=c++17", "-fPIC", "-shared"]
         subprocess.run(["g++", *flags, "-o", built[-1], str(SUPPORT / f"{name}.cpp")], check=True)
     return built
 

@@ -66,8 +66,8 @@ class ReferenceKernels:
         half = cos.shape[1]
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
         c, s = cos[:, None], sin[:, None]
-        x[..., :half] = (first * c - second * s).to(x.dtype)
-        x[..., half : 2 * half] = (second * c + first * s).to(x.dtype)
+        # Assigned together: in fp32 `first` is a view of what the first assignment overwrites.
+        x[..., : 2 * half] = torch.cat((first * c - second * s, second * c + first * s), -1).to(x.dtype)
 
     def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
         size = cache.k.shape[2]

@@ -1,0 +1,134 @@
+"""One check for each op: an implementation against `reference`, with a tolerance from dtype and length.
+
+Used by test_kernels.py on every instruction set of this CPU, and in a process that emulates AMX.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from distinf.kernels.batch import Batch, LayerCache
+from distinf.kernels.reference import ReferenceKernels
+
+BF16_ULP = 2.0**-8  # spacing of bf16 numbers relative to the lower end of a binade: rounding errs by half of it
+FP32_UNIT = 2.0**-24  # unit roundoff of fp32
+
+LINEAR_SHAPES = [  # m, n, k
+    (1, 32, 32), (1, 576, 576), (1, 1, 2), (3, 33, 34), (4, 64, 96), (7, 100, 80), (8, 200, 64), (9, 31, 30),
+    (16, 96, 128), (17, 65, 62), (31, 40, 416), (33, 96, 160), (64, 64, 64), (100, 208, 80),
+]  # fmt: skip
+
+
+def check_linear(kernels: Any, m: int, n: int, k: int, bias: bool, out_dtype: torch.dtype) -> None:
+    """Any summation order of k products errs by at most (k + 2) units of the sum of their magnitudes."""
+    torch.manual_seed(m * 1000003 + n * 1009 + k)
+    wide = torch.randn(m, k + 6).bfloat16()
+    x, w = wide[:, 3 : 3 + k], torch.randn(n, k).bfloat16()  # rows of x are strided
+    b = torch.randn(n) if bias else None
+    exact = x.double() @ w.double().T + (b.double() if b is not None else 0)
+    magnitude = x.double().abs() @ w.double().abs().T + (b.double().abs() if b is not None else 0)
+    tolerance = (k + 2) * FP32_UNIT * magnitude
+    if out_dtype == torch.bfloat16:
+        tolerance = tolerance + BF16_ULP * (exact.abs() + tolerance)
+    y = kernels.linear(x, kernels.pack(w), b, out_dtype)
+    assert y.shape == (m, n) and y.dtype == out_dtype
+    assert ((y.double() - exact).abs() <= tolerance).all(), (m, n, k, bias, out_dtype)
+
+
+def check_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
+    torch.manual_seed(n)
+    x, weight, add = torch.randn(rows, n) * 3, torch.randn(n), torch.randn(rows, n) if with_add else None
+    expected_x = x.clone()
+    expected = ReferenceKernels.rms_norm(_reference(torch.float32), expected_x, weight, 1e-5, add)
+    y = kernels.rms_norm(x, weight, 1e-5, add)
+    torch.testing.assert_close(x, expected_x, rtol=0, atol=0)
+    torch.testing.assert_close(y.float(), expected, rtol=BF16_ULP, atol=1e-6)
+
+
+def check_rope(kernels: Any, rows: int, heads: int, head_dim: int, half: int) -> None:
+    torch.manual_seed(rows)
+    wide = torch.randn(rows, heads + 2, head_dim).bfloat16()
+    angles = torch.rand(rows, half) * 6
+    pairs = torch.complex(wide[:, :heads, :half].float(), wide[:, :heads, half : 2 * half].float())
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    expected = wide.float()
+    expected[:, :heads, : 2 * half] = torch.cat((turned.real, turned.imag), -1)
+    kernels.rope_(wide[:, :heads], angles.cos(), angles.sin())
+    # Both compute in fp32 and round once; a product that cancels may round to the neighbour.
+    torch.testing.assert_close(wide.float(), expected, rtol=BF16_ULP, atol=16 * FP32_UNIT)
+
+
+def check_silu_mul(kernels: Any, rows: int, n: int) -> None:
+    torch.manual_seed(n)
+    x = (torch.randn(rows, 2 * n) * 4).bfloat16()
+    x[0, :2] = torch.tensor([200.0, -200.0])  # both ends of exp
+    expected = _reference(torch.float32).silu_mul(x)
+    torch.testing.assert_close(kernels.silu_mul(x).float(), expected, rtol=BF16_ULP, atol=1e-30)
+
+
+def check_embedding(kernels: Any) -> None:
+    table = torch.randn(50, 36).bfloat16()
+    ids = torch.tensor([0, 49, 7, 7], dtype=torch.int32)
+    assert torch.equal(kernels.embedding(ids, table), table[ids.long()].float())
+
+
+def check_attention(
+    kernels: Any, lengths: list[int], new: list[int], heads: int, group: int, offset: int, head_dim: int, window: int
+) -> None:
+    """Sequences of `lengths` tokens, the last `new` of each being this step's rows; the earlier ones are cached.
+
+    `heads` query heads starting `offset` into their group. The output is a mean of values with weights whose
+    fp32 error is small beside the rounding of the inputs' products: a few units per key, and one bf16 rounding.
+    """
+    torch.manual_seed(sum(lengths) + head_dim)
+    kv_heads = (offset + heads - 1) // group + 1
+    blocks = [-(-n // 64) for n in lengths]
+    cache = LayerCache(*(torch.full((sum(blocks) + 1, kv_heads, 64, head_dim), math.nan).bfloat16() for _ in "kv"))
+    # Blocks in no order, so that a kernel that ignores the table is seen.
+    order = torch.randperm(sum(blocks) + 1)[: sum(blocks)].int().tolist()
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    for i, n in enumerate(blocks):
+        table[i, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
+
+    def step(starts: list[int], stops: list[int]) -> Batch:
+        rows = [(p, i) for i, (a, b) in enumerate(zip(starts, stops, strict=True)) for p in range(a, b)]
+        positions, sequence = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
+        return Batch(positions, sequence, table, torch.empty(0), torch.empty(0))
+
+    starts = [n - m for n, m in zip(lengths, new, strict=True)]
+    batches = [step([0] * len(lengths), starts)] if any(starts) else []
+    for batch in [*batches, step(starts, lengths)]:
+        qkv = torch.randn(len(batch.positions), heads + 2 * kv_heads, head_dim).bfloat16()
+        kernels.kv_append_(qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :], cache, batch)
+    q = qkv[:, :heads]
+    expected = _reference(torch.float32).attention(q.float(), cache, batch, group, offset, window)
+    y = kernels.attention(q, cache, batch, group, offset, window)
+    keys = max(lengths) + head_dim
+    torch.testing.assert_close(y.float(), expected, rtol=BF16_ULP, atol=keys * 8 * FP32_UNIT + 1e-3 * BF16_ULP)
+
+
+def _reference(dtype: torch.dtype) -> ReferenceKernels:
+    return ReferenceKernels(dtype, threads=1)
+
+
+ATTENTION_CASES: list[dict[str, Any]] = [
+    dict(lengths=[1], new=[1], heads=1, group=1, offset=0, head_dim=64, window=0),
+    dict(lengths=[65], new=[1], heads=9, group=3, offset=0, head_dim=64, window=0),
+    dict(lengths=[130], new=[130], heads=4, group=3, offset=2, head_dim=64, window=0),
+    dict(lengths=[70, 3, 200], new=[1, 1, 1], heads=5, group=3, offset=1, head_dim=20, window=0),
+    dict(lengths=[70, 3, 200], new=[7, 3, 1], heads=2, group=1, offset=0, head_dim=80, window=0),
+    dict(lengths=[150, 64], new=[40, 64], heads=8, group=4, offset=0, head_dim=128, window=33),
+    dict(lengths=[300], new=[100], heads=2, group=2, offset=0, head_dim=256, window=0),
+]
+
+
+def check_everything(kernels: Any) -> None:
+    """Every case, for a process of its own."""
+    for m, n, k in LINEAR_SHAPES:
+        check_linear(kernels, m, n, k, bias=False, out_dtype=torch.float32)
+        check_linear(kernels, m, n, k, bias=True, out_dtype=torch.bfloat16)
+    for case in ATTENTION_CASES:
+        check_attention(kernels, **case)

@@ -1,0 +1,60 @@
+"""Who may import whom, as DESIGN has it: read from the source, so that a shortcut is seen at once."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "distinf"
+
+# Room -> rooms that it may import besides itself. A room is a file or folder directly under distinf/.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "shard": set(),
+    "topology": set(),
+    "comm": set(),
+    "kernels": set(),
+    "tokenizer": set(),
+    "kv_cache": {"kernels"},
+    "sampling": {"comm"},
+    "stats": {"comm", "kernels"},
+    "layers": {"kernels", "comm", "kv_cache"},
+    "models": {"layers", "config", "kernels", "comm", "kv_cache", "shard"},
+    "weights": {"models", "layers", "shard", "kernels", "config"},
+    "engine": {"sampling", "kv_cache", "models", "kernels", "comm"},
+    "llm": {"engine", "weights", "models", "kernels", "comm", "config", "shard", "sampling", "tokenizer", "topology"},
+    "info": {"comm", "kernels", "topology", "llm"},
+    "cli": {"llm", "engine", "info", "comm", "config", "sampling", "stats", "tokenizer"},
+    "__init__": {"comm", "llm", "sampling"},
+    "__main__": {"cli"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "distinf":
+            names = [f"distinf.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("distinf.")}
+    return {room for room in rooms if (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").exists()}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_stay_in_their_rooms(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert imported_rooms(path) - {room} <= ALLOWED[room]
+
+
+def test_only_the_command_line_prints_or_parses_flags() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "cli.py":
+            text = path.read_text()
+            assert "print(" not in text and "argparse" not in text, path

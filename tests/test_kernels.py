@@ -1,0 +1,110 @@
+"""Every op of every implementation against `reference`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distinf.kernels import Placement, load, native
+from distinf.kernels.reference import ReferenceKernels
+from tests import kernel_cases as cases
+
+LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
+
+
+@pytest.fixture(scope="module", params=["reference", *LEVELS])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    if request.param == "reference":
+        return ReferenceKernels(torch.bfloat16, threads=1)
+    if request.param not in native.available_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    return native.NativeKernels(request.param, [-1, -1, -1], oversubscribed=True)  # more threads than some work has parts
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("m, n, k", cases.LINEAR_SHAPES)
+def test_linear(kernels: Any, m: int, n: int, k: int, bias: bool, out_dtype: torch.dtype) -> None:
+    cases.check_linear(kernels, m, n, k, bias, out_dtype)
+
+
+@pytest.mark.parametrize("rows, n", [(1, 576), (3, 80), (5, 7), (2, 2048)])
+@pytest.mark.parametrize("with_add", [False, True])
+def test_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
+    cases.check_rms_norm(kernels, rows, n, with_add)
+
+
+@pytest.mark.parametrize("rows, heads, head_dim, half", [(1, 12, 64, 32), (5, 3, 20, 10), (4, 2, 80, 16)])
+def test_rope(kernels: Any, rows: int, heads: int, head_dim: int, half: int) -> None:
+    cases.check_rope(kernels, rows, heads, head_dim, half)
+
+
+@pytest.mark.parametrize("rows, n", [(1, 1536), (3, 40), (2, 33)])
+def test_silu_mul(kernels: Any, rows: int, n: int) -> None:
+    cases.check_silu_mul(kernels, rows, n)
+
+
+def test_embedding(kernels: Any) -> None:
+    cases.check_embedding(kernels)
+
+
+@pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=str)
+def test_attention(kernels: Any, case: dict[str, Any]) -> None:
+    cases.check_attention(kernels, **case)
+
+
+def test_zero_size_shards(kernels: Any) -> None:
+    empty_in, empty_out = kernels.pack(torch.empty(32, 0).bfloat16()), kernels.pack(torch.empty(0, 32).bfloat16())
+    assert torch.equal(kernels.linear(torch.empty(2, 0).bfloat16(), empty_in, None, torch.float32), torch.zeros(2, 32))
+    assert kernels.linear(torch.ones(2, 32).bfloat16(), empty_out).shape == (2, 0)
+
+
+@pytest.mark.slow
+def test_amx_machine_code_by_emulation(tmp_path: Path) -> None:
+    """The compiled AMX GEMM on a CPU without tiles: its instructions are trapped and carried out in software."""
+    if "amx" in native.available_isas():
+        pytest.skip("this CPU has AMX: test_linear runs on it")
+    if "avx512_bf16" not in native.available_isas():
+        pytest.skip("the AMX path also needs AVX-512 bf16, which this CPU lacks")
+    source, library = Path(__file__).parent / "support/amx_emulator.cpp", tmp_path / "amx_emulator.so"
+    subprocess.run(["g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-o", library, source], check=True)
+    script = (
+        "import ctypes, sys\n"
+        "from distinf.kernels.native import NativeKernels\n"
+        "from tests.kernel_cases import check_everything\n"
+        f"emulator = ctypes.CDLL({str(library)!r})\n"
+        "emulator.amx_emulator_count.restype = ctypes.c_ulong\n"
+        "assert emulator.amx_emulator_install() == 0\n"
+        "check_everything(NativeKernels('amx', [-1, -1], oversubscribed=True))\n"
+        "print(emulator.amx_emulator_count())\n"
+    )
+    repo = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=repo)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1000, "the AMX code did not run"
+
+
+def test_isa_that_the_cpu_lacks_is_refused() -> None:
+    missing = [isa for isa in ("amx", "avx512", "avx2") if isa not in native.available_isas()]
+    if not missing:
+        pytest.skip("this CPU has every instruction set")
+    with pytest.raises(ValueError, match=rf"--isa {missing[0]}: this CPU .* has"):
+        native.resolve_isa(missing[0])
+
+
+@pytest.mark.parametrize(
+    "name, isa, dtype, message",
+    [
+        ("native", "auto", "fp32", "cannot run --dtype fp32"),
+        ("reference", "avx2", "bf16", "--isa avx2 needs the native kernels"),
+        ("auto", "avx2", "fp32", "--isa avx2 needs the native kernels"),
+    ],
+)
+def test_choices_that_do_not_go_together(name: str, isa: str, dtype: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(name, isa, dtype, Placement((-1,)))

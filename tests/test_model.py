@@ -1,0 +1,117 @@
+"""A rank's forward pass and the engine around it, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distinf import LLM, SamplingParams
+from distinf.comm import InputError
+from distinf.models import families
+
+# fp32 sums of a few hundred terms, a few tens of times in a row: errors of single units grow to parts in 1e5.
+FP32_RTOL = 2e-5
+
+ROPE_SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+]  # fmt: skip
+
+
+def logits_of(llm: LLM, prompt: list[int]) -> torch.Tensor:
+    """fp32 [vocab] after the prompt, through the engine's own prefill."""
+    from distinf.engine import Sequence
+
+    cache = llm.engine.new_cache([len(prompt)])
+    return llm.engine.prefill([Sequence(0, prompt)], cache)[0]
+
+
+def prompt_of(n: int, vocab: int = 199) -> list[int]:
+    return [(37 * i + 11) % vocab for i in range(n)]
+
+
+@pytest.mark.parametrize("scaling", ROPE_SCALINGS, ids=["plain", "linear", "llama3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_fp32_logits_equal_transformers(make_llama: Callable[..., Path], scaling: dict | None, tied: bool) -> None:
+    path = make_llama(rope_scaling=scaling, tie_word_embeddings=tied)
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    llm = LLM(str(path), dtype="fp32")
+    for n in (1, 7, 65, 300):
+        expected = oracle(torch.tensor([prompt_of(n)])).logits[0, -1].detach()
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(logits_of(llm, prompt_of(n)), expected, rtol=0, atol=FP32_RTOL * scale)
+
+
+def test_qwen2_biases(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=199, max_position_embeddings=512, rope_theta=1e6, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    expected = model(torch.tensor([prompt_of(40)])).logits[0, -1].detach()
+    y = logits_of(LLM(str(tmp_path), dtype="fp32"), prompt_of(40))
+    torch.testing.assert_close(y, expected, rtol=0, atol=FP32_RTOL * float(expected.abs().max()))
+
+
+def test_native_bf16_logits_are_near_fp32(tiny_llama: Path) -> None:
+    """Random-walk of bf16 roundings: about 8 a layer, 3 layers, half an ulp each; five sigma of it."""
+    exact = logits_of(LLM(str(tiny_llama), dtype="fp32"), prompt_of(90))
+    native = logits_of(LLM(str(tiny_llama), dtype="bf16"), prompt_of(90))
+    assert (native - exact).abs().max() < 5 * 2**-9 * (8 * 3) ** 0.5 * exact.std()
+    assert not torch.equal(native, exact)
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), dtype="fp32")
+    prompts = [prompt_of(5), prompt_of(70), prompt_of(1)]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    together = [c.token_ids for c in llm.generate(prompts, params)]
+    assert together == [llm.generate([p], params)[0].token_ids for p in prompts]
+
+
+def test_a_long_prompt_goes_in_parts(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(str(tiny_llama), dtype="fp32")
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    prompts = [prompt_of(100), prompt_of(30), prompt_of(64)]
+    whole = [c.token_ids for c in llm.generate(prompts, params)]
+    monkeypatch.setattr("distinf.engine.PREFILL_ROWS", 48)
+    assert [c.token_ids for c in llm.generate(prompts, params)] == whole
+
+
+def test_stops_at_the_end_of_sequence_and_at_the_length(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), dtype="fp32")
+    free = llm.generate([prompt_of(9)], SamplingParams(max_new_tokens=20, ignore_eos=True))[0]
+    assert (free.finish_reason, len(free.token_ids)) == ("length", 20)
+    end = free.token_ids[6]
+    object.__setattr__(llm.config, "eos_ids", (end,))
+    stopped = llm.generate([prompt_of(9)], SamplingParams(max_new_tokens=20))[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(end) + 1]
+
+
+def test_prompts_that_the_model_cannot_take(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), dtype="fp32")
+    for prompt, message in [
+        ([], "the prompt is empty"),
+        (prompt_of(500), "exceed the model's context of 512 tokens"),
+        ([3, 199], "token id 199 is outside the vocabulary of 199"),
+        ([-1], "token id -1 is outside"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            llm.generate([prompt], SamplingParams(max_new_tokens=13))
+
+
+def test_families_are_read_from_the_folder() -> None:
+    assert families() == ["llama", "qwen2"]
