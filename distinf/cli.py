@@ -32,7 +32,9 @@ class _Parser(argparse.ArgumentParser):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the model and how it is run; also those of perf/latency.py."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
     parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
@@ -98,9 +100,7 @@ def run_generate(args: argparse.Namespace, group: Group) -> None:
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, args.ignore_eos
-    )
+    return SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, args.ignore_eos)
 
 
 def _prompt(args: argparse.Namespace) -> str | list[int]:

@@ -18,7 +18,9 @@ class KVCache:
         """Room for sequences of `max_lengths` tokens each. Memory is touched only as positions are written."""
         blocks = [-(-n // BLOCK_SIZE) for n in max_lengths]
         shape = (sum(blocks), n_kv_heads_local, BLOCK_SIZE, head_dim)
-        self.layers = [LayerCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(n_layers)]
+        self.layers = [
+            LayerCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(n_layers)
+        ]
         self.block_table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
         first = 0
         for sequence, n in enumerate(blocks):

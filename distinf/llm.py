@@ -78,7 +78,10 @@ def _parse(checkpoint: Checkpoint) -> tuple[Any, ModelConfig]:
 
 def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
     """Raises InputError naming the first difference when a rank was started with other settings or another model."""
-    mine = {**{f"model {k}": repr(v) for k, v in asdict(config).items()}, **{k: repr(v) for k, v in asdict(run).items()}}
+    mine = {
+        **{f"model {k}": repr(v) for k, v in asdict(config).items()},
+        **{k: repr(v) for k, v in asdict(run).items()},
+    }
     first, *others = group.all_gather_object(mine)
     for rank, other in enumerate(others, start=1):
         for key, value in first.items():
@@ -183,5 +186,3 @@ class LLM:
 def peak_rss_mb() -> float:
     """Most memory that this process has had resident, MB (1e6 bytes), by the kernel's account."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-

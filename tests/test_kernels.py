@@ -23,7 +23,9 @@ def kernels(request: pytest.FixtureRequest) -> Any:
         return ReferenceKernels(torch.bfloat16, threads=1)
     if request.param not in native.available_isas():
         pytest.skip(f"this CPU has no {request.param}")
-    return native.NativeKernels(request.param, [-1, -1, -1], oversubscribed=True)  # more threads than some work has parts
+    return native.NativeKernels(
+        request.param, [-1, -1, -1], oversubscribed=True
+    )  # more threads than some work has parts
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

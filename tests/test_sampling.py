@@ -99,7 +99,13 @@ def test_frequencies_are_the_softmax(temperature: float) -> None:
 
 def test_top_k_and_top_p_leave_out_the_rest() -> None:
     logits = torch.tensor([3.0, 2.9, 0.0, 2.8, -1.0])
-    assert (draws(logits, SamplingParams(temperature=1.0, top_k=2), 500) > 0).tolist() == [True, True, False, False, False]
+    assert (draws(logits, SamplingParams(temperature=1.0, top_k=2), 500) > 0).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     # Probabilities are about .36, .33, .29: 0.5 needs the first two, 0.3 the first alone.
     nucleus = draws(logits, SamplingParams(temperature=1.0, top_p=0.5), 500)
     assert (nucleus > 0).tolist() == [True, True, False, False, False]

@@ -13,7 +13,7 @@ from distinf.kernels.batch import Batch, LayerCache
 try:
     from distinf.kernels import _native
 except ImportError as error:  # a source tree that was never built
-    _native = None  # type: ignore[assignment]
+    _native = None
     _import_error = str(error)
 
 BF16 = torch.bfloat16

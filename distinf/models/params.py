@@ -60,9 +60,9 @@ class Weights:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decode step reads: every linear once."""
-        return sum(w.weight.nbytes for w in self.linears.values())
+        return sum(int(w.weight.nbytes) for w in self.linears.values())
 
     def gemm_flops(self, rows: int, last_rows: int) -> int:
         """Floating-point operations of a forward pass of `rows` tokens whose head sees `last_rows` of them."""
-        per_row = {name: 2 * w.weight.n * w.weight.k for name, w in self.linears.items()}
+        per_row = {name: 2 * int(w.weight.n) * int(w.weight.k) for name, w in self.linears.items()}
         return rows * (sum(per_row.values()) - per_row["head"]) + last_rows * per_row["head"]

@@ -12,7 +12,9 @@ import torch
 class Checkpoint(Protocol):
     """A checkpoint seen as named tensors, whatever the file format; names are Hugging Face's."""
 
-    config: Mapping[str, Any]  # the fields of config.json
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The fields of config.json."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor. Raises ValueError naming the file when it is missing."""

@@ -87,11 +87,14 @@ class GGUFCheckpoint:
         shape = self.shape(name)
         if len(shape) == 1:
             return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).to(dtype)
-        rows, columns = rows or range(shape[0]), columns if columns is not None else range(shape[1])
+        rows = rows if rows is not None else range(shape[0])
+        columns = columns if columns is not None else range(shape[1])
         block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
         first, last = columns.start // block, -(-columns.stop // block)  # whole blocks around the columns
         packed = tensor.data.view(np.uint8).reshape(shape[0], -1)[:, first * block_bytes : last * block_bytes]
         out = torch.empty(len(rows), len(columns), dtype=dtype)
+        if not out.numel():
+            return out
         step = self._rows_at_a_time(name, shape[1])
         for start in range(0, len(rows), step):
             stop = min(start + step, len(rows))
@@ -102,7 +105,7 @@ class GGUFCheckpoint:
 
     def _rows_at_a_time(self, name: str, width: int) -> int:
         """Whole heads, since their rows are reordered together."""
-        return max(1, math.ceil(_CHUNK_BYTES / (4 * width * self._head_dim))) * self._head_dim
+        return max(1, math.ceil(_CHUNK_BYTES / (4 * width * self._head_dim))) * int(self._head_dim)
 
     def _reorder(self, name: str) -> Callable[[Any], Any]:
         """GGUF's llama keeps the two halves of each rotated head interleaved; Hugging Face one behind the other."""

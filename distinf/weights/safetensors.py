@@ -40,7 +40,9 @@ class SafetensorsCheckpoint:
             return names
         names = sorted(p.name for p in self._directory.glob("*.safetensors"))
         if not names:
-            raise ValueError(f"{self._directory}: no .safetensors file; pickled weights (.bin) are not read, they can run code")
+            raise ValueError(
+                f"{self._directory}: no .safetensors file; pickled weights (.bin) are not read, they can run code"
+            )
         return names
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -54,7 +56,8 @@ class SafetensorsCheckpoint:
         else:
             r = slice(rows.start, rows.stop) if rows is not None else slice(None)
             data = self._slice(name)[r] if columns is None else self._slice(name)[r, columns.start : columns.stop]
-        return data.to(dtype)
+        converted: torch.Tensor = data.to(dtype)
+        return converted
 
     def _slice(self, name: str) -> Any:
         return self._files[self._file_of[self._known(name)]].get_slice(name)

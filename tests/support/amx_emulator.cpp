@@ -283,7 +283,7 @@ bool step(greg_t* regs) {
 void call_previous(int sig, siginfo_t* info, void* context) {
   if (previous.sa_flags & SA_SIGINFO) return previous.sa_sigaction(sig, info, context);
   if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) return previous.sa_handler(sig);
-  signal(sig, SIG_DFL);  // on return the instruction runs again and kills the process where it stands
+  signal(sig, SIG_DFL);                // on return the instruction runs again and kills the process where it stands
   if (info->si_code <= 0) raise(sig);  // sent by kill() or raise(): there is no instruction to run again
 }
 

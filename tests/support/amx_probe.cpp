@@ -36,8 +36,7 @@ AMX void dot(int kind) {
 }
 
 // One block: C (m x n dwords) += A (m x k dwords) * B (k x n dwords). 7 AMX instructions.
-AMX void block(int kind, const char* a, const char* b, char* c, int m, int n, int k, long lda, long ldb,
-               long ldc) {
+AMX void block(int kind, const char* a, const char* b, char* c, int m, int n, int k, long lda, long ldb, long ldc) {
   Config config;
   config.set(0, m, n);
   config.set(6, m, k);
@@ -56,14 +55,14 @@ int block_size(int total, int from) { return total - from < 16 ? total - from : 
 }  // namespace
 
 // Any m, n, k (in dwords; strides in bytes), edge blocks included. Returns whether MXCSR survived.
-extern "C" bool probe_gemm(int kind, const char* a, const char* b, char* c, int m, int n, int k, long lda,
-                           long ldb, long ldc) {
+extern "C" bool probe_gemm(int kind, const char* a, const char* b, char* c, int m, int n, int k, long lda, long ldb,
+                           long ldc) {
   const unsigned mxcsr = _mm_getcsr();
   for (int i = 0; i < m; i += 16)
     for (int j = 0; j < n; j += 16)
       for (int p = 0; p < k; p += 16)
-        block(kind, a + i * lda + 4 * p, b + p * ldb + 4 * j, c + i * ldc + 4 * j, block_size(m, i),
-              block_size(n, j), block_size(k, p), lda, ldb, ldc);
+        block(kind, a + i * lda + 4 * p, b + p * ldb + 4 * j, c + i * ldc + 4 * j, block_size(m, i), block_size(n, j),
+              block_size(k, p), lda, ldb, ldc);
   return _mm_getcsr() == mxcsr;
 }
 
@@ -101,7 +100,10 @@ extern "C" AMX void probe_address(int form, const char* base, long step, char* o
     case 3: LOAD_FORM("16(%%r13)"); break;  // no index: stride 0
     case 4: asm volatile("tileloadd 8(%0,%1,4), %%tmm1" ::"a"(base), "c"(step) : "memory"); break;
     case 5: asm volatile("tileloadd 8(,%0,1), %%tmm1" ::"r"(step) : "memory"); break;  // no base, row 3 only
-    default: LOAD_FORM("(%%r13,%%r12,1)"); _tile_zero(1); break;
+    default:
+      LOAD_FORM("(%%r13,%%r12,1)");
+      _tile_zero(1);
+      break;
   }
   _tile_stored(1, out, 8);
   _tile_release();

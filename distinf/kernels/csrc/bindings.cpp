@@ -26,9 +26,16 @@ uintptr_t pack(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n,
 
 void linear(Runtime& rt, uintptr_t x, int64_t x_stride, uintptr_t w, uintptr_t bias, uintptr_t out, int64_t out_stride,
             bool out_fp32, int64_t m, int64_t n, int64_t k) {
-  const LinearArgs args{at<const bf16>(x), x_stride,   at<const bf16>(w), at<const float>(bias),
-                        at<void>(out),     out_stride, out_fp32,          m,
-                        n,                 k};
+  const LinearArgs args{at<const bf16>(x),
+                        x_stride,
+                        at<const bf16>(w),
+                        at<const float>(bias),
+                        at<void>(out),
+                        out_stride,
+                        out_fp32,
+                        m,
+                        n,
+                        k};
   rt.team.run([&](const Worker& worker) { rt.kernels.linear_bf16(worker, args); });
 }
 
@@ -47,9 +54,8 @@ void rope(Runtime& rt, uintptr_t x, int64_t stride, uintptr_t cos, uintptr_t sin
 }
 
 void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const CacheArgs& cache, const BatchArgs& batch) {
-  rt.team.run([&](const Worker& w) {
-    rt.kernels.kv_append(w, at<const bf16>(k), at<const bf16>(v), stride, cache, batch);
-  });
+  rt.team.run(
+      [&](const Worker& w) { rt.kernels.kv_append(w, at<const bf16>(k), at<const bf16>(v), stride, cache, batch); });
 }
 
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
@@ -86,10 +92,11 @@ PYBIND11_MODULE(_native, m) {
         return CacheArgs{at<bf16>(k), at<bf16>(v), kv_heads, block_size, head_dim};
       }));
   py::class_<BatchArgs>(m, "Batch")
-      .def(py::init([](uintptr_t positions, uintptr_t sequence, uintptr_t block_table, int64_t max_blocks, int64_t rows) {
-        return BatchArgs{at<const int32_t>(positions), at<const int32_t>(sequence), at<const int32_t>(block_table),
-                         max_blocks, rows};
-      }));
+      .def(py::init(
+          [](uintptr_t positions, uintptr_t sequence, uintptr_t block_table, int64_t max_blocks, int64_t rows) {
+            return BatchArgs{at<const int32_t>(positions), at<const int32_t>(sequence), at<const int32_t>(block_table),
+                             max_blocks, rows};
+          }));
 
   py::class_<Runtime>(m, "Runtime")
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))

@@ -22,9 +22,13 @@ inline void store_part(bf16* p, Vec v, int64_t n) {
 
 // Vector at offset i of a row of n elements, whole or its last part.
 template <class T>
-inline Vec load_n(const T* p, int64_t i, int64_t n) { return i + kLanes <= n ? load(p + i) : load_part(p + i, n - i); }
+inline Vec load_n(const T* p, int64_t i, int64_t n) {
+  return i + kLanes <= n ? load(p + i) : load_part(p + i, n - i);
+}
 template <class T>
-inline void store_n(T* p, Vec v, int64_t i, int64_t n) { i + kLanes <= n ? store(p + i, v) : store_part(p + i, v, n - i); }
+inline void store_n(T* p, Vec v, int64_t i, int64_t n) {
+  i + kLanes <= n ? store(p + i, v) : store_part(p + i, v, n - i);
+}
 
 // e^x: x = n ln 2 + r with |r| <= ln 2 / 2, then a degree-6 polynomial for e^r (truncation error 2e-8 relative,
 // below half an fp32 ulp), scaled by 2^n. Below -87.3 the result would be subnormal and is 2^-126.

@@ -16,7 +16,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 // out[m, n] (fp32 or bf16) = x[m, k] . w[n, k]^T (+ bias[n])
 struct LinearArgs {
-  const bf16* x;      // [m, k], row stride x_stride
+  const bf16* x;  // [m, k], row stride x_stride
   int64_t x_stride;
   const bf16* w;      // packed: [n / kPanel][k_padded / 2][kPanel][2]
   const float* bias;  // [n] or nullptr
@@ -48,7 +48,7 @@ constexpr int64_t kMaxHeadDim = 512;
 struct AttentionArgs {
   const bf16* q;  // [rows, q_heads, head_dim], row stride q_stride
   int64_t q_stride;
-  bf16* out;      // [rows, q_heads, head_dim], contiguous
+  bf16* out;  // [rows, q_heads, head_dim], contiguous
   int64_t q_heads;
   int64_t group;         // query heads per KV head in the whole model
   int64_t group_offset;  // place of local query head 0 in its group: local KV head = (group_offset + head) / group

@@ -30,8 +30,7 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(const std::vector<int>& cpus, bool oversubscribed)
-    : spins_(oversubscribed ? 0 : kSpins) {
+ThreadTeam::ThreadTeam(const std::vector<int>& cpus, bool oversubscribed) : spins_(oversubscribed ? 0 : kSpins) {
   pin_this_thread(cpus.at(0));
   for (size_t i = 1; i < cpus.size(); i++) {
     workers_.emplace_back(&ThreadTeam::work, this, static_cast<int>(i), cpus[i]);

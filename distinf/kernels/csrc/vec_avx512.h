@@ -53,8 +53,10 @@ inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 #else
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-  const Vec a_low = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), b_low = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
-  const Vec a_high = _mm512_castsi512_ps(_mm512_and_si512(a, high)), b_high = _mm512_castsi512_ps(_mm512_and_si512(b, high));
+  const Vec a_low = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+            b_low = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
+  const Vec a_high = _mm512_castsi512_ps(_mm512_and_si512(a, high)),
+            b_high = _mm512_castsi512_ps(_mm512_and_si512(b, high));
   return fma(a_high, b_high, fma(a_low, b_low, acc));
 #endif
 }

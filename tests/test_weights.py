@@ -1,0 +1,160 @@
+"""Readers: slices equal the whole, and whatever is damaged is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distinf.comm.single import SingleGroup
+from distinf.config import RunConfig
+from distinf.llm import load_model
+from distinf.weights import Checkpoint, open_checkpoint
+from distinf.weights.gguf import GGUFCheckpoint
+
+LAB_1B = Path(__file__).resolve().parent.parent / "perf/models/lab-1b.json"
+
+
+def open_dir(path: Path) -> Checkpoint:
+    return open_checkpoint(path, "auto", None, None)
+
+
+def load(path: Path) -> None:
+    load_model(open_dir(path), RunConfig(dtype="fp32"), SingleGroup())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_llama: Path, smollm2: Path) -> dict[str, tuple[Checkpoint, str]]:
+    q = "model.layers.1.self_attn.q_proj.weight"
+    return {
+        "safetensors": (open_dir(tiny_llama), q),
+        "gguf": (open_checkpoint(smollm2, "auto", None, None), q),
+        "dummy": (open_checkpoint(Path(), "dummy", LAB_1B, 2), q),
+    }
+
+
+@pytest.mark.parametrize("name", ["safetensors", "gguf", "dummy"])
+def test_slices_equal_the_whole(checkpoints: dict[str, tuple[Checkpoint, str]], name: str) -> None:
+    checkpoint, tensor = checkpoints[name]
+    head_dim = {"safetensors": 20, "gguf": 64, "dummy": 64}[name]
+    whole = checkpoint.read(tensor, torch.float32)
+    assert whole.shape == checkpoint.shape(tensor) and whole.std() > 0
+    rows, columns = range(head_dim, 3 * head_dim), range(7, 51)
+    assert torch.equal(checkpoint.read(tensor, torch.float32, rows), whole[rows.start : rows.stop])
+    assert torch.equal(checkpoint.read(tensor, torch.float32, None, columns), whole[:, 7:51])
+    assert torch.equal(checkpoint.read(tensor, torch.float32, range(0), None), whole[:0])
+    assert torch.equal(checkpoint.read(tensor, torch.float32, None, range(0)), whole[:, :0])
+
+
+@pytest.mark.slow
+def test_gguf_tensors_equal_those_of_transformers(smollm2: Path) -> None:
+    """Every tensor: names, the order of rotated rows, and dequantisation."""
+    oracle = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    checkpoint = GGUFCheckpoint(smollm2)
+    for name, expected in oracle.state_dict().items():
+        if name != "lm_head.weight":  # tied
+            assert torch.equal(checkpoint.read(name, torch.float32), expected), name
+
+
+def copy_of(path: Path, to: Path) -> Path:
+    return Path(shutil.copytree(path, to / "copy"))
+
+
+def edit_config(path: Path, **fields: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config.update(fields)
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def truncate_to(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def no_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def config_is_no_json(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+def no_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def index_points_nowhere(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+
+
+def index_points_outside(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+
+
+def index_is_no_index(path: Path) -> None:
+    (path / "model.safetensors.index.json").write_text("[]")
+
+
+BAD_DIRECTORIES: list[tuple[Callable[[Path], None], str]] = [
+    (no_config, r"config.json: No such file"),
+    (config_is_no_json, r"config.json: not a JSON file"),
+    (no_weights, r"no .safetensors file"),
+    (index_points_nowhere, r"model-2.safetensors: the file is missing"),
+    (index_points_outside, r"'../model.safetensors' is not the name of a file"),
+    (index_is_no_index, r"index.json: expected a JSON object with 'weight_map'"),
+    (lambda p: edit_config(p, model_type="rwkv9"), r"model_type 'rwkv9' is unknown; expected one of llama, qwen2"),
+    (lambda p: edit_config(p, model_type="params"), r"model_type 'params' is unknown"),
+    (lambda p: edit_config(p, hidden_size=None), r"'hidden_size' is missing"),
+    (lambda p: edit_config(p, rope_parameters=None), r"'rope_theta' is missing"),
+    (lambda p: edit_config(p, rope_parameters={"rope_type": "odd", "rope_theta": 1.0}), r"rope_scaling 'odd'"),
+    (lambda p: edit_config(p, hidden_act="relu"), r"hidden_act 'relu' is not supported"),
+    (lambda p: edit_config(p, num_key_value_heads=4), r"6 heads are not a multiple of 4 KV heads"),
+    (lambda p: edit_config(p, num_hidden_layers=4), r"tensor 'model.layers.3.\S+' is missing"),
+    (
+        lambda p: edit_config(p, vocab_size=200),
+        r"'model.embed_tokens.weight' has shape \[199, 120\] but .* \[200, 120\]",
+    ),
+    (lambda p: truncate_to(p / "model.safetensors", 100), r"model.safetensors: damaged or truncated"),
+    (lambda p: truncate_to(p / "model.safetensors", 4), r"model.safetensors: damaged or truncated"),
+    (lambda p: truncate_to(p / "model.safetensors", 0), r"model.safetensors: damaged or truncated"),
+    (lambda p: truncate_to(p / "model.safetensors", 200_000), r"model.safetensors: damaged or truncated"),
+]
+
+
+@pytest.mark.parametrize("spoil, message", BAD_DIRECTORIES, ids=[m for _, m in BAD_DIRECTORIES])
+def test_a_damaged_directory_is_refused(
+    tiny_llama: Path, tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    path = copy_of(tiny_llama, tmp_path)
+    load(path)
+    spoil(path)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize("size", [0, 3, 20, 1000, 2_000_000, 50_000_000])
+def test_a_truncated_gguf_is_refused(smollm2: Path, tmp_path: Path, size: int) -> None:
+    path = tmp_path / "short.gguf"
+    path.write_bytes(smollm2.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"short.gguf: damaged or truncated GGUF"):
+        load(path)
+
+
+def test_neither_directory_nor_gguf(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_text("?")
+    with pytest.raises(ValueError, match=r"x.bin: no such checkpoint"):
+        open_dir(tmp_path / "x.bin")
+
+
+def test_sharded_safetensors_with_an_index(tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.save_pretrained(tmp_path, max_shard_size="300KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    one, many = open_dir(tiny_llama), open_dir(tmp_path)
+    for name in model.state_dict():
+        assert torch.equal(one.read(name, torch.float32), many.read(name, torch.float32))
