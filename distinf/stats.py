@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from distinf.comm import Group
@@ -31,7 +33,7 @@ def percentiles(values_ms: list[float]) -> dict[str, float]:
 
 def token_gaps_ms(token_times_s: list[float]) -> list[float]:
     """Time per output token after the first (TPOT samples), ms."""
-    return [1e3 * (b - a) for a, b in zip(token_times_s, token_times_s[1:], strict=False)]
+    return [1e3 * (b - a) for a, b in itertools.pairwise(token_times_s)]
 
 
 def decode_rates(weight_bytes: int, tpot_ms: float | None, ceiling_gb_s: float) -> dict[str, float | None]:

@@ -12,9 +12,10 @@ from distinf.kernels.batch import Batch, LayerCache
 
 try:
     from distinf.kernels import _native
+
+    _MISSING = ""
 except ImportError as error:  # a source tree that was never built
-    _native = None
-    _import_error = str(error)
+    _MISSING = str(error)
 
 BF16 = torch.bfloat16
 FP32 = torch.float32
@@ -25,7 +26,7 @@ _LEVELS = ("amx", "avx512_bf16", "avx512", "avx2")
 
 def available_isas() -> list[str]:
     """Instruction sets that this process may use, best first; empty without the extension or AVX2."""
-    if _native is None:
+    if _MISSING:
         return []
     return [name for name in _LEVELS if _native.isa_available(getattr(_native.Isa, name))]
 
@@ -37,13 +38,13 @@ def best_isa() -> str | None:
 
 def cpu_name() -> str:
     """The CPU's own name; virtual machines report what they like."""
-    return _native.cpu_name() if _native is not None else "unknown"
+    return "unknown" if _MISSING else _native.cpu_name()
 
 
 def resolve_isa(isa: str) -> str:
     """`--isa` to a level of this CPU. Raises ValueError when the CPU or the operating system lacks it."""
-    if _native is None:
-        raise ValueError(f"--kernels native: the extension is not built ({_import_error}); run `pip install .`")
+    if _MISSING:
+        raise ValueError(f"--kernels native: the extension is not built ({_MISSING}); run `pip install .`")
     available = available_isas()
     wanted = {"auto": _LEVELS, "avx512": ("avx512_bf16", "avx512")}.get(isa, (isa,))
     for level in wanted:
@@ -113,7 +114,8 @@ class NativeKernels:
         assert x.dtype == weight.dtype == FP32 and x.is_contiguous() and weight.shape == x.shape[1:]
         assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
         out = torch.empty(x.shape, dtype=BF16)
-        self._rt.rms_norm(x.data_ptr(), _address(add_), weight.data_ptr(), out.data_ptr(), *x.shape, eps)
+        rows, n = x.shape
+        self._rt.rms_norm(x.data_ptr(), _address(add_), weight.data_ptr(), out.data_ptr(), rows, n, eps)
         return out
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -170,13 +172,13 @@ def _heads_adjacent(x: torch.Tensor) -> bool:
     return not x.numel() or (x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]))
 
 
-def _cache_args(cache: LayerCache) -> object:
+def _cache_args(cache: LayerCache) -> _native.Cache:
     _, kv_heads, block_size, head_dim = cache.k.shape
     assert cache.k.dtype == BF16 and cache.k.is_contiguous() and cache.v.is_contiguous()
     return _native.Cache(cache.k.data_ptr(), cache.v.data_ptr(), kv_heads, block_size, head_dim)
 
 
-def _batch_args(batch: Batch) -> object:
+def _batch_args(batch: Batch) -> _native.Batch:
     return _native.Batch(
         batch.positions.data_ptr(), batch.sequence.data_ptr(), batch.block_table.data_ptr(),
         batch.block_table.shape[1], len(batch.positions),

@@ -1,4 +1,4 @@
-"""Checkpoints on disk into this rank's packed weights. A format is one reader class and one row in `open_checkpoint`."""
+"""Checkpoints on disk into packed weights. A format is one reader class and one row in `open_checkpoint`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files of the llama family: names and head order mapped to Hugging Face's, blocks dequantised as they are read."""
+"""GGUF files of the llama family: names and head order as Hugging Face's, blocks dequantised as they are read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GGUFCheckpoint:
             raise ValueError(f"{path}: damaged or truncated GGUF file ({type(error).__name__}: {error})") from None
         self._tensors = {t.name: t for t in self._reader.tensors}
         self.config = self._hf_config()
-        self._head_dim = self.config["head_dim"]
+        self._head_dim = int(self.config["head_dim"])
 
     def _hf_config(self) -> dict[str, Any]:
         architecture = str(self._field("general.architecture"))
@@ -105,7 +105,8 @@ class GGUFCheckpoint:
 
     def _rows_at_a_time(self, name: str, width: int) -> int:
         """Whole heads, since their rows are reordered together."""
-        return max(1, math.ceil(_CHUNK_BYTES / (4 * width * self._head_dim))) * int(self._head_dim)
+        heads = max(1, math.ceil(_CHUNK_BYTES / (4 * width * self._head_dim)))
+        return heads * self._head_dim
 
     def _reorder(self, name: str) -> Callable[[Any], Any]:
         """GGUF's llama keeps the two halves of each rotated head interleaved; Hugging Face one behind the other."""
