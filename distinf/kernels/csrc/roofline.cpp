@@ -1,10 +1,9 @@
 #include "roofline.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 
 #include "pack.h"
 
@@ -17,11 +16,19 @@ double seconds(ThreadTeam& team, const Op& op) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// From the kernel, in bytes; 0 where it does not say. glibc's sysconf multiplies it by threads on some CPUs.
+int64_t last_level_cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
+  int64_t kib = 0;
+  file >> kib;
+  return kib << 10;
+}
+
 }  // namespace
 
 ReadProbe::ReadProbe(Runtime& rt)
     : rt_(rt),
-      bytes_(std::max<int64_t>(256 << 20, 4 * sysconf(_SC_LEVEL3_CACHE_SIZE))),
+      bytes_(std::max<int64_t>(256 << 20, 4 * last_level_cache_bytes())),
       data_(static_cast<char*>(arena_.allocate(bytes_))),
       sinks_(rt.team.size() * 8) {
   rt_.team.run([this](const Worker& w) {  // ones: a page of zeros might not be a page of its own
