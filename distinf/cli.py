@@ -36,6 +36,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
+    parser.add_argument("--head-dtype", metavar="DTYPE", help="weights of the head (default: as --dtype)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="weights that share a scale; 0: a channel (default: 32 in int4, else 0)",
+    )
+    parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
     parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
@@ -49,7 +57,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def load_llm(args: argparse.Namespace, group: Group) -> LLM:
     """The model that the flags of `add_model_arguments` ask for."""
     return LLM(
-        args.model, dtype=args.dtype, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
+        args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
+        zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, config=args.config, num_layers=args.num_layers, group=group,
         progress=sys.stderr.isatty(),
     )  # fmt: skip

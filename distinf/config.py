@@ -48,7 +48,7 @@ class ModelConfig:
             raise ValueError(f"config: rotary dimension {self.rope.dim} is odd or above head_dim {self.head_dim}")
 
 
-DTYPES = ("fp32", "bf16")
+DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
 KERNELS = ("auto", "native", "reference")
 ISAS = ("auto", "amx", "avx512", "avx2")
 COMMS = ("auto", "single", "mpi")
@@ -59,7 +59,10 @@ LOAD_FORMATS = ("auto", "dummy")
 class RunConfig:
     """Choices of one run, the same on every rank; `check` in cli and LLM has compared them across ranks."""
 
-    dtype: str = "bf16"
+    dtype: str = "bf16"  # of the linears' weights
+    head_dtype: str | None = None  # of the head's; None: like the rest
+    group_size: int | None = None  # input features that share a scale; None: the dtype's own
+    zero_points: bool = False
     shares: tuple[Fraction, ...] = (Fraction(1),)
     kernels: str = "auto"
     isa: str = "auto"
@@ -67,13 +70,17 @@ class RunConfig:
     load_format: str = "auto"
 
     def __post_init__(self) -> None:
+        head_dtype = self.head_dtype or self.dtype
         for flag, value, known in (
             ("--dtype", self.dtype, DTYPES),
+            ("--head-dtype", head_dtype, DTYPES),
             ("--kernels", self.kernels, KERNELS),
             ("--isa", self.isa, ISAS),
             ("--load-format", self.load_format, LOAD_FORMATS),
         ):
             if value not in known:
                 raise ValueError(f"{flag} {value!r} is unknown; expected one of {', '.join(known)}")
+        if (self.dtype == "fp32") != (head_dtype == "fp32"):
+            raise ValueError(f"--head-dtype {head_dtype} and --dtype {self.dtype}: expected both or neither fp32")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")

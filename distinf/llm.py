@@ -22,7 +22,7 @@ from distinf.sampling import SamplingParams
 from distinf.shard import ShardPlan, parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
-from distinf.weights.load import load_weights
+from distinf.weights.load import Formats, load_weights
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def load_model(checkpoint: Checkpoint, run: RunConfig, group: Group, progress: b
         group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
     )
     shard, show = plan.shards[group.rank], progress and group.rank == 0
+    formats = agreed(group, lambda: Formats.of(run))
     weights = agreed(
-        group, lambda: load_weights(checkpoint, known.params(config), config, shard, group.rank, kernels, show)
+        group, lambda: load_weights(checkpoint, known.params(config), config, shard, group.rank, kernels, formats, show)
     )
     return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
 
@@ -97,6 +98,9 @@ class LLM:
         model: str = DEFAULT_MODEL,
         *,
         dtype: str = "bf16",
+        head_dtype: str | None = None,
+        group_size: int | None = None,
+        zero_points: bool = False,
         shares: str | None = None,
         kernels: str = "auto",
         isa: str = "auto",
@@ -109,9 +113,10 @@ class LLM:
     ) -> None:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
-        `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights
-        of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given.
-        `progress` shows a loading bar on stderr.
+        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
+        and `zero_points` are those of the quantised ones. `shares` is one number for each rank ("3,1"; None:
+        equal). `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the
+        model's own), of `num_layers` layers when given. `progress` shows a loading bar on stderr.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -120,7 +125,17 @@ class LLM:
         world_size = self.group.world_size
         self.run = agreed(
             self.group,
-            lambda: RunConfig(dtype, parse_shares(shares, world_size), kernels, isa, threads, load_format),
+            lambda: RunConfig(
+                dtype,
+                head_dtype,
+                group_size,
+                zero_points,
+                parse_shares(shares, world_size),
+                kernels,
+                isa,
+                threads,
+                load_format,
+            ),
         )
         self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
         checkpoint = agreed(

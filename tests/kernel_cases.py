@@ -6,11 +6,13 @@ Used by test_kernels.py on every instruction set of this CPU, and in a process t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
+from distinf.kernels.formats import FORMATS, Format, quantise, quantise_activations
 from distinf.kernels.reference import ReferenceKernels
 
 BF16_ULP = 2.0**-8  # spacing of bf16 numbers relative to the lower end of a binade: rounding errs by half of it
@@ -33,9 +35,47 @@ def check_linear(kernels: Any, m: int, n: int, k: int, bias: bool, out_dtype: to
     tolerance = (k + 2) * FP32_UNIT * magnitude
     if out_dtype == torch.bfloat16:
         tolerance = tolerance + BF16_ULP * (exact.abs() + tolerance)
-    y = kernels.linear(x, kernels.pack(w), b, out_dtype)
+    y = kernels.linear(x, kernels.pack(w, FORMATS["bf16"]), b, out_dtype)
     assert y.shape == (m, n) and y.dtype == out_dtype
     assert ((y.double() - exact).abs() <= tolerance).all(), (m, n, k, bias, out_dtype)
+
+
+def check_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int, bias: bool) -> None:
+    """Against what the stored numbers and digits stand for: whole-number products are exact, so only the fp32
+    sum over groups and digits errs (a few units each of the magnitudes), and the rounding of a row's scale.
+    """
+    torch.manual_seed(m * 1000003 + n * 1009 + k)
+    wide = torch.randn(m, k + 6).bfloat16()
+    x, w = wide[:, 3 : 3 + k], torch.randn(n, k).bfloat16()
+    w[0, : max(form.group, 2)] = 0  # a group without a scale
+    x[-1] = 0  # a row without one
+    b = torch.randn(n) if bias else None
+    digits, numbers = quantise_activations(x, form.digits).double(), quantise(w, form).double()
+    exact = digits @ numbers.T + (b.double() if b is not None else 0)
+    # Taking the zero point out cancels products of up to twice the largest weight, group by group.
+    largest = numbers.abs().amax() * 4
+    magnitude = x.double().abs().sum(-1, keepdim=True) * largest + (b.double().abs() if b is not None else 0)
+    tolerance = (8 + k // (form.group or k) + 2) * FP32_UNIT * magnitude
+    # A product that falls on the middle of two digits may be rounded either way: one step of one activation.
+    steps = 127 if form.digits == 1 else 16256
+    tolerance = tolerance + x.double().abs().amax(-1, keepdim=True) / steps * numbers.abs().amax()
+    y = kernels.linear(x, kernels.pack(w, form), b, torch.float32)
+    assert ((y.double() - exact).abs() <= tolerance).all(), (form, m, n, k, bias, (y - exact).abs().max())
+
+
+QUANTISED = [
+    replace(FORMATS["int8"], group=group, zero_points=zeros) for group in (0, 32, 128) for zeros in (False, True)
+] + [replace(FORMATS["int4"], group=g, zero_points=z) for g in (0, 32, 64, 128) for z in (False, True)]
+QUANTISED += [FORMATS["w8a8"], replace(FORMATS["w8a8"], group=64)]
+QUANTISED_SHAPES = [
+    (1, 32, 128),
+    (2, 100, 256),
+    (3, 33, 384),
+    (5, 64, 128),
+    (16, 40, 256),
+    (17, 31, 128),
+    (37, 96, 640),
+]
 
 
 def check_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
@@ -130,5 +170,8 @@ def check_everything(kernels: Any) -> None:
     for m, n, k in LINEAR_SHAPES:
         check_linear(kernels, m, n, k, bias=False, out_dtype=torch.float32)
         check_linear(kernels, m, n, k, bias=True, out_dtype=torch.bfloat16)
+    for form in QUANTISED:
+        for m, n, k in QUANTISED_SHAPES:
+            check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
     for case in ATTENTION_CASES:
         check_attention(kernels, **case)

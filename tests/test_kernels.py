@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from distinf.kernels import Placement, load, native
+from distinf.kernels.formats import FORMATS, Format
 from distinf.kernels.reference import ReferenceKernels
 from tests import kernel_cases as cases
 
@@ -33,6 +34,14 @@ def kernels(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("m, n, k", cases.LINEAR_SHAPES)
 def test_linear(kernels: Any, m: int, n: int, k: int, bias: bool, out_dtype: torch.dtype) -> None:
     cases.check_linear(kernels, m, n, k, bias, out_dtype)
+
+
+@pytest.mark.parametrize("m, n, k", [*cases.QUANTISED_SHAPES, (4, 50, 30)])
+@pytest.mark.parametrize("form", cases.QUANTISED, ids=lambda f: f"{f.name}-{f.group}{'-zero' * f.zero_points}")
+def test_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int) -> None:
+    if form.group and k % form.group:
+        pytest.skip("not whole groups: refused before loading")
+    cases.check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
 
 
 @pytest.mark.parametrize("rows, n", [(1, 576), (3, 80), (5, 7), (2, 2048)])
@@ -61,7 +70,7 @@ def test_attention(kernels: Any, case: dict[str, Any]) -> None:
 
 
 def test_zero_size_shards(kernels: Any) -> None:
-    empty_in, empty_out = kernels.pack(torch.empty(32, 0).bfloat16()), kernels.pack(torch.empty(0, 32).bfloat16())
+    empty_in, empty_out = (kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"]) for shape in ((32, 0), (0, 32)))
     assert torch.equal(kernels.linear(torch.empty(2, 0).bfloat16(), empty_in, None, torch.float32), torch.zeros(2, 32))
     assert kernels.linear(torch.ones(2, 32).bfloat16(), empty_out).shape == (2, 0)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from distinf.kernels import native
+from distinf.kernels.formats import Format
 from distinf.kernels.reference import ReferenceKernels
 
 
@@ -45,8 +46,8 @@ class Kernels(Protocol):
     threads: int
     act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
 
-    def pack(self, weight: torch.Tensor) -> Any:
-        """[n, k] fp32 or bf16, rows may be strided -> PackedWeight; n or k may be 0."""
+    def pack(self, weight: torch.Tensor, form: Format) -> Any:
+        """[n, k] fp32 or bf16, rows may be strided -> PackedWeight, quantised as `form` says; n or k may be 0."""
 
     def linear(
         self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None

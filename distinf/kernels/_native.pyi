@@ -11,6 +11,12 @@ class Isa(Enum):
 def isa_available(isa: Isa) -> bool: ...
 def cpu_name() -> str: ...
 
+class Weight:
+    n: int
+    k: int
+    @property
+    def nbytes(self) -> int: ...
+
 class Cache:
     def __init__(self, k: int, v: int, kv_heads: int, block_size: int, head_dim: int) -> None: ...
 
@@ -29,19 +35,20 @@ class Runtime:
     def threads(self) -> int: ...
     @property
     def weight_bytes(self) -> int: ...
-    def pack(self, src: int, stride: int, fp32: bool, n: int, k: int) -> int: ...
-    def linear(
+    def pack(
         self,
-        x: int,
-        x_stride: int,
-        w: int,
-        bias: int,
-        out: int,
-        out_stride: int,
-        out_fp32: bool,
-        m: int,
+        src: int,
+        stride: int,
+        fp32: bool,
         n: int,
         k: int,
+        bits: int,
+        digits: int,
+        group: int,
+        zero_points: bool,
+    ) -> Weight: ...
+    def linear(
+        self, x: int, x_stride: int, weight: Weight, bias: int, out: int, out_stride: int, out_fp32: bool, m: int
     ) -> None: ...
     def rms_norm(self, x: int, add: int, weight: int, out: int, rows: int, n: int, eps: float) -> None: ...
     def rope(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
+from distinf.kernels.formats import Format
 
 try:
     from distinf.kernels import _native
@@ -55,15 +56,15 @@ def resolve_isa(isa: str) -> str:
 
 @dataclass(frozen=True)
 class NativeWeight:
-    """A packed [n, k] bf16 weight in the runtime's arena; csrc/kernel_table.h has the layout."""
+    """A packed [n, k] weight in the runtime's arena; csrc/weight.h has the layout."""
 
-    address: int
     n: int
     k: int
+    packed: _native.Weight | None  # None: an empty shard
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.n * self.k
+        return self.packed.nbytes if self.packed else 0
 
 
 class NativeKernels:
@@ -79,12 +80,16 @@ class NativeKernels:
         self.threads = len(cpus)
         self._rt = _native.Runtime(getattr(_native.Isa, isa), cpus, oversubscribed)
 
-    def pack(self, weight: torch.Tensor) -> NativeWeight:
+    def pack(self, weight: torch.Tensor, form: Format) -> NativeWeight:
         n, k = weight.shape
         assert weight.dtype in (BF16, FP32) and (weight.stride(1) == 1 or not weight.numel()), weight.stride()
         assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
-        address = self._rt.pack(weight.data_ptr(), weight.stride(0), weight.dtype == FP32, n, k) if n and k else 0
-        return NativeWeight(address, n, k)
+        assert not form.group or k % form.group == 0, (k, form)
+        if not (n and k):
+            return NativeWeight(n, k, None)
+        fp32 = weight.dtype == FP32
+        how = form.bits, form.digits, form.group, form.zero_points
+        return NativeWeight(n, k, self._rt.pack(weight.data_ptr(), weight.stride(0), fp32, n, k, *how))
 
     def linear(
         self,
@@ -101,11 +106,10 @@ class NativeKernels:
             out = torch.zeros(m, weight.n, dtype=dtype)
             return out if bias is None else out + bias.to(dtype)
         out = torch.empty(m, weight.n, dtype=dtype)
-        if weight.n:
+        if weight.packed:
             self._rt.linear(
-                x.data_ptr(), x.stride(0), weight.address, _address(bias), out.data_ptr(), weight.n,
-                dtype == FP32, m, weight.n, k,
-            )  # fmt: skip
+                x.data_ptr(), x.stride(0), weight.packed, _address(bias), out.data_ptr(), weight.n, dtype == FP32, m
+            )
         return out
 
     def rms_norm(

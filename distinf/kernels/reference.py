@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from distinf.kernels.batch import Batch, LayerCache
+from distinf.kernels.formats import Format, quantise, quantise_activations
 
 
 @dataclass(frozen=True)
 class ReferenceWeight:
-    """A weight as it was, [n, k]."""
+    """A weight [n, k] in act_dtype, or in fp32 what a quantised one stands for."""
 
     data: torch.Tensor
+    form: Format
 
     @property
     def n(self) -> int:
@@ -29,7 +31,7 @@ class ReferenceWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.n * self.k * self.form.bits // 8
 
 
 class ReferenceKernels:
@@ -43,8 +45,10 @@ class ReferenceKernels:
         self.threads = threads
         torch.set_num_threads(threads)
 
-    def pack(self, weight: torch.Tensor) -> ReferenceWeight:
-        return ReferenceWeight(weight.to(self.act_dtype, copy=True).contiguous())
+    def pack(self, weight: torch.Tensor, form: Format) -> ReferenceWeight:
+        if form.bits < 16 and weight.numel():
+            return ReferenceWeight(quantise(weight, form), form)
+        return ReferenceWeight(weight.to(self.act_dtype, copy=True).contiguous(), form)
 
     def linear(
         self,
@@ -53,7 +57,9 @@ class ReferenceKernels:
         bias: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        return F.linear(x.float(), weight.data.float(), bias).to(out_dtype or self.act_dtype)
+        digits = weight.form.digits
+        x = quantise_activations(x, digits) if digits and x.numel() else x.float()
+        return F.linear(x, weight.data.float(), bias).to(out_dtype or self.act_dtype)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None

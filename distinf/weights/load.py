@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from distinf.config import ModelConfig
+from distinf.config import ModelConfig, RunConfig
 from distinf.kernels import Kernels
+from distinf.kernels.formats import Format, parse_format
 from distinf.layers import LinearWeight
 from distinf.models.params import Cut, Param, Source, Weights, bias_name
 from distinf.shard import Shard
@@ -17,22 +19,44 @@ from distinf.weights import Checkpoint
 
 def load_weights(
     checkpoint: Checkpoint, params: Sequence[Param], config: ModelConfig, shard: Shard, rank: int, kernels: Kernels,
-    progress: bool,
+    formats: Formats, progress: bool,
 ) -> Weights:  # fmt: skip
     """Read and pack this rank's part of every weight. Biases of row-parallel linears go to rank 0 alone.
 
-    Raises ValueError naming the tensor when it is missing or its shape is not the config's. `progress`
-    shows a bar on stderr.
+    Raises ValueError naming the tensor when it is missing, its shape is not the config's, or its input
+    features are not whole groups of its format. `progress` shows a bar on stderr.
     """
     _check_shapes(checkpoint, params)
+    cuts = Cuts(config, shard)
+    for param in params:  # all of them before the first is read
+        if param.kind == "linear":
+            formats.for_param(param).check_k(param.sources[0].name, cuts.columns(param))
     weights = Weights()
     for param in tqdm(params, desc="loading", unit="weight", leave=False, disable=not progress):
         if param.kind == "linear":
-            weights.linears[param.name] = _linear(checkpoint, param, config, shard, rank, kernels)
+            weights.linears[param.name] = _linear(checkpoint, param, cuts, rank, kernels, formats.for_param(param))
         else:
             dtype = torch.float32 if param.kind == "vector" else kernels.act_dtype
             weights.tensors[param.name] = checkpoint.read(param.sources[0].name, dtype).contiguous()
     return weights
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Weight formats of a run: most linears', and the head's."""
+
+    body: Format
+    head: Format
+
+    @staticmethod
+    def of(run: RunConfig) -> Formats:
+        """From the flags. Raises ValueError naming one that is wrong."""
+        group, zeros = run.group_size, run.zero_points
+        return Formats(parse_format(run.dtype, group, zeros), parse_format(run.head_dtype or run.dtype, group, zeros))
+
+    def for_param(self, param: Param) -> Format:
+        """The format of a linear."""
+        return self.head if param.name == "head" else self.body
 
 
 def _check_shapes(checkpoint: Checkpoint, params: Sequence[Param]) -> None:
@@ -44,25 +68,37 @@ def _check_shapes(checkpoint: Checkpoint, params: Sequence[Param]) -> None:
                 )
 
 
-def _linear(
-    checkpoint: Checkpoint, param: Param, config: ModelConfig, shard: Shard, rank: int, kernels: Kernels
-) -> LinearWeight:
-    def cut(which: Cut | None) -> range | None:
-        if which is None:
-            return None
-        unit = config.head_dim if which in ("q_heads", "kv_heads") else 1
-        whole: range = getattr(shard, which)
+@dataclass(frozen=True)
+class Cuts:
+    """This rank's ranges of a checkpoint tensor's rows and columns."""
+
+    config: ModelConfig
+    shard: Shard
+
+    def rows(self, source: Source) -> range:
+        """Output features."""
+        return self._range(source.rows) if source.rows else range(source.shape[0])
+
+    def columns(self, param: Param) -> range:
+        """Input features."""
+        return self._range(param.columns) if param.columns else range(param.sources[0].shape[1])
+
+    def _range(self, cut: Cut) -> range:
+        unit = self.config.head_dim if cut in ("q_heads", "kv_heads") else 1
+        whole: range = getattr(self.shard, cut)
         return range(whole.start * unit, whole.stop * unit)
 
-    def part(source: Source) -> torch.Tensor:
-        return checkpoint.read(source.name, kernels.act_dtype, cut(source.rows), cut(param.columns))
 
+def _linear(
+    checkpoint: Checkpoint, param: Param, cuts: Cuts, rank: int, kernels: Kernels, form: Format
+) -> LinearWeight:
     def bias(source: Source) -> torch.Tensor:
-        rows = cut(source.rows)
-        whole = checkpoint.read(bias_name(source.name), torch.float32)
-        return whole if rows is None else whole[rows.start : rows.stop]
+        rows = cuts.rows(source)
+        return checkpoint.read(bias_name(source.name), torch.float32)[rows.start : rows.stop]
 
-    weight = kernels.pack(_stack([part(s) for s in param.sources]))
+    columns = cuts.columns(param)
+    parts = [checkpoint.read(s.name, kernels.act_dtype, cuts.rows(s), columns) for s in param.sources]
+    weight = kernels.pack(_stack(parts), form)
     has_bias = param.bias and (param.columns is None or rank == 0)
     return LinearWeight(weight, _stack([bias(s) for s in param.sources]).contiguous() if has_bias else None)
 

@@ -51,6 +51,9 @@ class SafetensorsCheckpoint:
     def read(
         self, name: str, dtype: torch.dtype, rows: range | None = None, columns: range | None = None
     ) -> torch.Tensor:
+        shape = self.shape(name)
+        rows = None if rows == range(shape[0]) else rows
+        columns = None if len(shape) > 1 and columns == range(shape[1]) else columns
         if rows is None and columns is None:
             data = self._files[self._file_of[self._known(name)]].get_tensor(name)  # a view of the mapped file
         else:

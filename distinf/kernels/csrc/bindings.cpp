@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "activations.h"
 #include "pack.h"
 #include "roofline.h"
 #include "runtime.h"
@@ -16,27 +17,23 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-uintptr_t pack(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n, int64_t k) {
-  auto* dst = static_cast<bf16*>(rt.arena.allocate(packed_elements(n, k) * sizeof(bf16)));
-  rt.team.run([=](const Worker& w) {
-    fp32 ? pack_bf16(w, at<const float>(src), stride, dst, n, k) : pack_bf16(w, at<const bf16>(src), stride, dst, n, k);
+Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n, int64_t k, int bits, int digits,
+                   int64_t group, bool zero_points) {
+  Weight weight{nullptr, n, k, bits, digits, group, zero_points};
+  weight.data = static_cast<char*>(rt.arena.allocate(weight.bytes()));
+  rt.team.run([=, &weight](const Worker& w) {
+    fp32 ? pack(w, at<const float>(src), stride, weight) : pack(w, at<const bf16>(src), stride, weight);
   });
-  return reinterpret_cast<uintptr_t>(dst);
+  return weight;
 }
 
-void linear(Runtime& rt, uintptr_t x, int64_t x_stride, uintptr_t w, uintptr_t bias, uintptr_t out, int64_t out_stride,
-            bool out_fp32, int64_t m, int64_t n, int64_t k) {
-  const LinearArgs args{at<const bf16>(x),
-                        x_stride,
-                        at<const bf16>(w),
-                        at<const float>(bias),
-                        at<void>(out),
-                        out_stride,
-                        out_fp32,
-                        m,
-                        n,
-                        k};
-  rt.team.run([&](const Worker& worker) { rt.kernels.linear_bf16(worker, args); });
+void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
+            int64_t out_stride, bool out_fp32, int64_t m) {
+  char* scratch = rt.scratch(scratch_bytes(weight, m, rt.team.size()));
+  const LinearArgs args{at<const bf16>(x), x_stride, weight, at<const float>(bias), at<void>(out), out_stride,
+                        out_fp32,          m,        scratch};
+  const auto kernel = weight.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised;
+  rt.team.run([&](const Worker& worker) { kernel(worker, args); });
 }
 
 void rms_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t out, int64_t rows, int64_t n,
@@ -87,6 +84,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_available", &isa_available);
   m.def("cpu_name", &cpu_name);
 
+  py::class_<Weight>(m, "Weight")
+      .def_readonly("n", &Weight::n)
+      .def_readonly("k", &Weight::k)
+      .def_property_readonly("nbytes", &Weight::bytes);
   py::class_<CacheArgs>(m, "Cache")
       .def(py::init([](uintptr_t k, uintptr_t v, int64_t kv_heads, int64_t block_size, int64_t head_dim) {
         return CacheArgs{at<bf16>(k), at<bf16>(v), kv_heads, block_size, head_dim};
@@ -102,7 +103,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
       .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
       .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
-      .def("pack", &pack)
+      .def("pack", &pack_weight)
       .def("linear", &linear)
       .def("rms_norm", &rms_norm)
       .def("rope", &rope)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "amx_tiles.h"
 #include "gemm_amx.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")
@@ -11,42 +12,15 @@
 namespace distinf {
 namespace {
 
-// Tiles: C of rows x columns halves in 0-3, A of two row blocks in 4-5, B of two column halves in 6-7.
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kRowBytes = 64;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// first, second: rows of x in the two A tiles; second may be 0.
-void configure(int64_t first, int64_t second) {
-  TileConfig config;
-  const auto set = [&](int tile, int64_t rows) {
-    config.rows[tile] = static_cast<uint8_t>(rows);
-    config.row_bytes[tile] = rows ? kRowBytes : 0;
-  };
-  for (int tile : {0, 1, 4}) set(tile, first);
-  for (int tile : {2, 3, 5}) set(tile, second);
-  for (int tile : {6, 7}) set(tile, kTileRows);
-  // gcc 12 declares only 8 bytes of the configuration as an input and may drop the other stores.
-  asm volatile("" ::"r"(&config) : "memory");
-  _tile_loadconfig(&config);
-}
-
 // The last, partial 32 columns of x, with zeros behind them: a tile load would run past the row.
 struct Tail {
   alignas(64) bf16 rows[2 * kTileRows][kDepth];
 
   Tail(const LinearArgs& args, int64_t row, int64_t rows_used) {
-    const int64_t from = args.k / kDepth * kDepth;
+    const int64_t from = args.w.k / kDepth * kDepth;
     std::memset(rows, 0, sizeof rows);
     for (int64_t r = 0; r < rows_used; r++) {
-      std::memcpy(rows[r], args.x + (row + r) * args.x_stride + from, (args.k - from) * sizeof(bf16));
+      std::memcpy(rows[r], args.x + (row + r) * args.x_stride + from, (args.w.k - from) * sizeof(bf16));
     }
     // gcc 12's _tile_loadd declares no memory input: without this the copies above could be dropped.
     asm volatile("" ::"r"(rows) : "memory");
@@ -79,8 +53,8 @@ inline void tile_block(const LinearArgs& args, const bf16* w, int64_t row, const
   }
   const bf16* x = args.x + row * args.x_stride;
   const int64_t stride_bytes = args.x_stride * sizeof(bf16);
-  for (int64_t k = 0; k + kDepth <= args.k; k += kDepth) multiply<kTwo>(x + k, stride_bytes, w + k * kPanel);
-  if (tail) multiply<kTwo>(tail->rows[0], kRowBytes, w + args.k / kDepth * kDepth * kPanel);
+  for (int64_t k = 0; k + kDepth <= args.w.k; k += kDepth) multiply<kTwo>(x + k, stride_bytes, w + k * kPanel);
+  if (tail) multiply<kTwo>(tail->rows[0], kRowBytes, w + args.w.k / kDepth * kDepth * kPanel);
   constexpr int64_t kStride = kPanel * sizeof(float);
   _tile_stored(0, c, kStride);
   _tile_stored(1, c + kTileRows, kStride);
@@ -91,7 +65,7 @@ inline void tile_block(const LinearArgs& args, const bf16* w, int64_t row, const
 }
 
 void store(const LinearArgs& args, const float* c, int64_t row, int64_t rows, int64_t column) {
-  const int64_t columns = std::min(kPanel, args.n - column);
+  const int64_t columns = std::min(kPanel, args.w.n - column);
   for (int64_t r = 0; r < rows; r++) {
     const int64_t at = (row + r) * args.out_stride + column;
     for (int64_t i = 0; i < columns; i++) {
@@ -107,13 +81,13 @@ void store(const LinearArgs& args, const float* c, int64_t row, int64_t rows, in
 
 void row_block(const Worker& w, const LinearArgs& args, int64_t row, int64_t rows) {
   const int64_t first = std::min(rows, kTileRows), second = rows - first;
-  const Tail tail(args, row, args.k % kDepth ? rows : 0);
-  const Tail* tail_used = args.k % kDepth ? &tail : nullptr;
-  const int64_t panels = round_up(args.n, kPanel) / kPanel;
+  const Tail tail(args, row, args.w.k % kDepth ? rows : 0);
+  const Tail* tail_used = args.w.k % kDepth ? &tail : nullptr;
+  const int64_t panels = args.w.panels();
   alignas(64) float c[2 * kTileRows * kPanel];
-  configure(first, second);
+  configure_tiles(first, second, kRowBytes);
   for (int64_t panel = w.begin(panels); panel < w.end(panels); panel++) {
-    const bf16* weights = args.w + panel * kPanel * round_up(args.k, kDepth);
+    const auto* weights = reinterpret_cast<const bf16*>(args.w.panel(panel));
     if (second) {
       tile_block<true>(args, weights, row, tail_used, c);
     } else {
@@ -133,7 +107,7 @@ void linear_bf16_amx(const Worker& w, const LinearArgs& args) {
 }
 
 double peak_bf16_amx(int64_t iterations, float* sink) {
-  configure(kTileRows, kTileRows);
+  configure_tiles(kTileRows, kTileRows, kRowBytes);
   for (int64_t i = 0; i < iterations; i++) {  // the four products of a 2 x 2 tile block, as in tile_block
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);

@@ -5,6 +5,9 @@ namespace distinf {
 
 // linear_bf16 of KernelTable on AMX tiles. The caller has checked isa_available(Isa::kAmx).
 void linear_bf16_amx(const Worker& w, const LinearArgs& args);
+// linear_quantised of KernelTable on AMX tiles.
+void linear_quantised_amx(const Worker& w, const LinearArgs& args);
+
 // peak_bf16 of KernelTable on tiles.
 double peak_bf16_amx(int64_t iterations, float* sink);
 

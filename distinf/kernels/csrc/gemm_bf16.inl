@@ -1,9 +1,9 @@
 // bf16 GEMM on packed panels with vector instructions: weights stream once per block of kRows rows of x.
 
-// Sixteen accumulators of a row block fit beside the weights and the broadcast in 32 (AVX-512) registers,
-// eight in 16 (AVX2).
+// 24 accumulators of a row block fit beside two weights and the broadcast in 32 (AVX-512) registers, eight
+// beside four in 16 (AVX2).
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kMaxRows = kLanes == 16 ? 8 : 2;
+constexpr int kMaxRows = kLanes == 16 ? 12 : 2;
 // A weight line is asked for 4 KiB ahead of its use: DRAM latency (about 100 ns) at 20-40 GB/s per core.
 constexpr int64_t kPrefetchBytes = 4096;
 
@@ -11,20 +11,20 @@ constexpr int64_t kPrefetchBytes = 4096;
 inline void store_row(const LinearArgs& args, int64_t row, int64_t column, const Vec* acc) {
   for (int v = 0; v < kVectors; v++) {
     const int64_t i = column + v * kLanes;
-    if (i >= args.n) return;
-    const Vec y = args.bias ? add(acc[v], load_n(args.bias, i, args.n)) : acc[v];
+    if (i >= args.w.n) return;
+    const Vec y = args.bias ? add(acc[v], load_n(args.bias, i, args.w.n)) : acc[v];
     if (args.out_fp32) {
-      store_n(static_cast<float*>(args.out) + row * args.out_stride, y, i, args.n);
+      store_n(static_cast<float*>(args.out) + row * args.out_stride, y, i, args.w.n);
     } else {
-      store_n(static_cast<bf16*>(args.out) + row * args.out_stride, y, i, args.n);
+      store_n(static_cast<bf16*>(args.out) + row * args.out_stride, y, i, args.w.n);
     }
   }
 }
 
 template <int kRows>
 inline void panel_rows(const LinearArgs& args, int64_t panel, int64_t row) {
-  const int64_t pairs = args.k / 2;
-  const bf16* w = args.w + panel * kPanel * round_up(args.k, kDepth);
+  const int64_t pairs = args.w.k / 2;
+  const auto* w = reinterpret_cast<const bf16*>(args.w.panel(panel));
   const bf16* x = args.x + row * args.x_stride;
   Vec acc[kRows][kVectors];
   for (int r = 0; r < kRows; r++) {
@@ -52,8 +52,7 @@ inline void panel_tail(const LinearArgs& args, int64_t panel, int64_t row, int64
 }
 
 void linear_bf16(const Worker& w, const LinearArgs& args) {
-  const int64_t panels = round_up(args.n, kPanel) / kPanel;
-  for (int64_t panel = w.begin(panels); panel < w.end(panels); panel++) {
+  for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {
     int64_t row = 0;
     for (; row + kMaxRows <= args.m; row += kMaxRows) panel_rows<kMaxRows>(args, panel, row);
     panel_tail<kMaxRows - 1>(args, panel, row, args.m - row);

@@ -11,9 +11,14 @@ void linear_bf16(const Worker& w, const LinearArgs& args) {
   (args.m < kAmxRows ? kAvx512Bf16Kernels.linear_bf16 : linear_bf16_amx)(w, args);
 }
 
+void linear_quantised(const Worker& w, const LinearArgs& args) {
+  (args.m < kAmxRows ? kAvx512Bf16Kernels.linear_quantised : linear_quantised_amx)(w, args);
+}
+
 KernelTable with_amx() {
   KernelTable table = kAvx512Bf16Kernels;
   table.linear_bf16 = linear_bf16;
+  table.linear_quantised = linear_quantised;
   table.peak_bf16 = peak_bf16_amx;
   return table;
 }

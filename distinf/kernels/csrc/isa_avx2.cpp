@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernel_table.h"
+#include "activations.h"
 
 #pragma GCC target("avx2,fma")
 
@@ -16,6 +16,8 @@ namespace {
 #include "vec_avx2.h"
 #include "elementwise.inl"
 #include "gemm_bf16.inl"
+#include "activations.inl"
+#include "gemm_quantised.inl"
 #include "attention.inl"
 #include "peak.inl"
 }  // namespace
@@ -23,7 +25,7 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx2Kernels = {
-    avx2::linear_bf16, avx2::rms_norm, avx2::rope,      avx2::kv_append,
-    avx2::attention,   avx2::silu_mul, avx2::embedding, avx2::peak_bf16,
+    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::rope,      avx2::kv_append,
+    avx2::attention,   avx2::silu_mul,         avx2::embedding, avx2::peak_bf16,
 };
 }  // namespace distinf

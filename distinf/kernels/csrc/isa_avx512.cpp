@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernel_table.h"
+#include "activations.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 
@@ -16,6 +16,8 @@ namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
 #include "gemm_bf16.inl"
+#include "activations.inl"
+#include "gemm_quantised.inl"
 #include "attention.inl"
 #include "peak.inl"
 }  // namespace
@@ -23,7 +25,7 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Kernels = {
-    avx512::linear_bf16, avx512::rms_norm, avx512::rope,      avx512::kv_append,
-    avx512::attention,   avx512::silu_mul, avx512::embedding, avx512::peak_bf16,
+    avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::rope,      avx512::kv_append,
+    avx512::attention,   avx512::silu_mul,         avx512::embedding, avx512::peak_bf16,
 };
 }  // namespace distinf

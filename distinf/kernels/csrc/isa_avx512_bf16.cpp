@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kernel_table.h"
+#include "activations.h"
 
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #define DISTINF_HAS_BF16
@@ -17,6 +17,8 @@ namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
 #include "gemm_bf16.inl"
+#include "activations.inl"
+#include "gemm_quantised.inl"
 #include "attention.inl"
 #include "peak.inl"
 }  // namespace
@@ -24,7 +26,8 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Bf16Kernels = {
-    avx512_bf16::linear_bf16, avx512_bf16::rms_norm, avx512_bf16::rope,      avx512_bf16::kv_append,
-    avx512_bf16::attention,   avx512_bf16::silu_mul, avx512_bf16::embedding, avx512_bf16::peak_bf16,
+    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,
+    avx512_bf16::rope,        avx512_bf16::kv_append,        avx512_bf16::attention,
+    avx512_bf16::silu_mul,    avx512_bf16::embedding,        avx512_bf16::peak_bf16,
 };
 }  // namespace distinf

@@ -4,26 +4,21 @@
 
 #include "bf16.h"
 #include "thread_team.h"
+#include "weight.h"
 
 namespace distinf {
-
-// Columns of a packed weight that lie together: two AMX tiles, two AVX-512 or four AVX2 vectors wide.
-constexpr int64_t kPanel = 32;
-// Rows of K are padded to one AMX tile of bf16 (32); the padding is zero.
-constexpr int64_t kDepth = 32;
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // out[m, n] (fp32 or bf16) = x[m, k] . w[n, k]^T (+ bias[n])
 struct LinearArgs {
   const bf16* x;  // [m, k], row stride x_stride
   int64_t x_stride;
-  const bf16* w;      // packed: [n / kPanel][k_padded / 2][kPanel][2]
+  Weight w;
   const float* bias;  // [n] or nullptr
   void* out;          // [m, n], row stride out_stride
   int64_t out_stride;
   bool out_fp32;
-  int64_t m, n, k;
+  int64_t m;
+  char* scratch;  // scratch_bytes(w, m), for quantised rows of x
 };
 
 // Which rows of a step belong to which sequence, and where their keys and values lie.
@@ -58,6 +53,7 @@ struct AttentionArgs {
 
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
+  void (*linear_quantised)(const Worker&, const LinearArgs&);
   // x[rows, n] += add (when given), then out = x / rms(x) * weight
   void (*rms_norm)(const Worker&, float* x, const float* add, const float* weight, bf16* out, int64_t rows, int64_t n,
                    float eps);

@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace distinf {
@@ -8,23 +10,83 @@ namespace {
 inline bf16 as_bf16(float x) { return to_bf16(x); }
 inline bf16 as_bf16(bf16 x) { return x; }
 
-}  // namespace
+template <class T>
+void pack_panel_bf16(const T* src, int64_t stride, const Weight& w, int64_t panel) {
+  auto* to = reinterpret_cast<bf16*>(w.data + panel * w.panel_bytes());
+  std::memset(to, 0, w.panel_bytes());
+  for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; c++) {
+    const T* from = src + (panel * kPanel + c) * stride;
+    for (int64_t i = 0; i < w.k; i++) to[(i / 2 * kPanel + c) * 2 + i % 2] = as_bf16(from[i]);
+  }
+}
+
+struct Grid {
+  float scale;
+  int zero;
+};
+
+// The grid that a group of numbers is rounded to. bf16 scales are what is stored, so they are what is rounded with.
+template <class T>
+Grid grid_of(const T* x, int64_t n, const Weight& w) {
+  float low = 0, high = 0;  // zero is always on the grid
+  for (int64_t i = 0; i < n; i++) {
+    low = std::min(low, to_float(x[i]));
+    high = std::max(high, to_float(x[i]));
+  }
+  const auto rounded = [](float x) { return to_float(to_bf16(x)); };
+  if (w.zero_points) {
+    const int last = (1 << w.bits) - 1;
+    const float scale = rounded((high - low) / static_cast<float>(last));
+    return {scale, scale > 0 ? std::clamp(static_cast<int>(std::lround(-low / scale)), 0, last) : 0};
+  }
+  if (w.bits == 8) return {rounded(std::max(high, -low) / 127), w.middle()};
+  // Sixteen steps have one more below zero than above: the larger side gets it, by the sign of the scale.
+  return {rounded((high > -low ? high : low) / -8), w.middle()};
+}
 
 template <class T>
-void pack_bf16(const Worker& w, const T* src, int64_t stride, bf16* dst, int64_t n, int64_t k) {
-  const int64_t panels = round_up(n, kPanel) / kPanel, k_padded = round_up(k, kDepth);
-  for (int64_t panel = w.begin(panels); panel < w.end(panels); panel++) {
-    bf16* to = dst + panel * kPanel * k_padded;
-    std::memset(to, 0, kPanel * k_padded * sizeof(bf16));
-    for (int64_t c = 0; c < kPanel && panel * kPanel + c < n; c++) {
-      const T* from = src + (panel * kPanel + c) * stride;
-      for (int64_t i = 0; i < k; i++) to[(i / 2 * kPanel + c) * 2 + i % 2] = as_bf16(from[i]);
+void pack_group(const T* x, int64_t n, const Weight& w, char* group, int64_t column) {
+  const Grid grid = grid_of(x, n, w);
+  reinterpret_cast<bf16*>(group)[column] = to_bf16(grid.scale);
+  if (w.zero_points) reinterpret_cast<uint8_t*>(group + kPanel * 2)[column] = static_cast<uint8_t>(grid.zero);
+  auto* numbers = reinterpret_cast<uint8_t*>(group + w.group_header_bytes());
+  const float inverse = grid.scale != 0 ? 1 / grid.scale : 0;
+  const int last = (1 << w.bits) - 1, first = w.bits == 8 && !w.zero_points ? 1 : 0;  // -127 .. 127
+  for (int64_t i = 0; i < n; i++) {
+    const int number = std::clamp(grid.zero + static_cast<int>(std::lrint(to_float(x[i]) * inverse)), first, last);
+    if (w.bits == 8) {
+      numbers[(i / 4 * kPanel + column) * 4 + i % 4] = static_cast<uint8_t>(number);
+    } else {
+      uint8_t& both = numbers[(i / 4 * (kPanel / 2) + column % 16) * 4 + i % 4];
+      both = static_cast<uint8_t>(both | number << (column / 16 * 4));
     }
   }
 }
 
-template void pack_bf16<float>(const Worker&, const float*, int64_t, bf16*, int64_t, int64_t);
-template void pack_bf16<bf16>(const Worker&, const bf16*, int64_t, bf16*, int64_t, int64_t);
+template <class T>
+void pack_panel_quantised(const T* src, int64_t stride, const Weight& w, int64_t panel) {
+  char* to = w.data + panel * w.panel_bytes();
+  std::memset(to, 0, w.panel_bytes());
+  for (int64_t c = 0; c < kPanel && panel * kPanel + c < w.n; c++) {
+    const T* from = src + (panel * kPanel + c) * stride;
+    for (int64_t group = 0; group < w.groups(); group++) {
+      const int64_t start = group * w.group_rows();
+      pack_group(from + start, std::min(w.group_rows(), w.k - start), w, to + group * w.group_bytes(), c);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void pack(const Worker& w, const T* src, int64_t stride, const Weight& weight) {
+  for (int64_t panel = w.begin(weight.panels()); panel < w.end(weight.panels()); panel++) {
+    (weight.bits == 16 ? pack_panel_bf16<T> : pack_panel_quantised<T>)(src, stride, weight, panel);
+  }
+}
+
+template void pack<float>(const Worker&, const float*, int64_t, const Weight&);
+template void pack<bf16>(const Worker&, const bf16*, int64_t, const Weight&);
 
 uint64_t read_stream(const Worker& w, const void* data, int64_t bytes) {
   // 4-8 KiB ahead is where one core's read rate peaks on the machines measured (perf/LOG.md).

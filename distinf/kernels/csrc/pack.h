@@ -4,11 +4,9 @@
 
 namespace distinf {
 
-// dst[panel][pair][column][2] = src[n, k] (fp32 or bf16), zero where n or k is padding. Memory: packed_elements.
+// Packs src[n, k] (fp32 or bf16, row stride `stride`) into weight.data, quantising as its format says.
 template <class T>
-void pack_bf16(const Worker& w, const T* src, int64_t stride, bf16* dst, int64_t n, int64_t k);
-
-constexpr int64_t packed_elements(int64_t n, int64_t k) { return round_up(n, kPanel) * round_up(k, kDepth); }
+void pack(const Worker& w, const T* src, int64_t stride, const Weight& weight);
 
 // Reads bytes (a multiple of 64 per worker), one contiguous run per worker with software prefetch; returns
 // something that depends on all of it, so that no load can be dropped.

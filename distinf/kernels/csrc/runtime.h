@@ -20,7 +20,15 @@ class Runtime {
   ThreadTeam team;
   Arena arena;
 
+  // Memory that an operation may use while it runs; the address holds until a larger piece is asked for.
+  char* scratch(int64_t bytes) {
+    if (static_cast<int64_t>(scratch_.size()) < bytes + 64) scratch_.resize(bytes + 64);
+    return scratch_.data() + (-reinterpret_cast<uintptr_t>(scratch_.data()) & 63);
+  }
+
  private:
+  std::vector<char> scratch_;
+
   static const KernelTable& table(Isa isa) {
     switch (isa) {
       case Isa::kAvx512: return kAvx512Kernels;

@@ -51,3 +51,33 @@ inline Vec low(Pairs p) { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); 
 inline Vec high(Pairs p) { return _mm256_castsi256_ps(_mm256_and_si256(p, _mm256_set1_epi32(int(0xffff0000)))); }
 // acc + a.low * b.low + a.high * b.high, fp32
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) { return fma(high(a), high(b), fma(low(a), low(b), acc)); }
+
+// Eight int32 lanes, or 32 bytes of them.
+using Whole = __m256i;
+inline Whole zero_whole() { return _mm256_setzero_si256(); }
+inline Whole broadcast_whole(int32_t x) { return _mm256_set1_epi32(x); }
+inline Whole load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Whole widen_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Whole low_nibbles(Whole x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Whole high_nibbles(Whole x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+inline Whole sub_whole(Whole a, Whole b) { return _mm256_sub_epi32(a, b); }
+inline Whole mul_whole(Whole a, Whole b) { return _mm256_mullo_epi32(a, b); }
+inline Vec to_vec(Whole x) { return _mm256_cvtepi32_ps(x); }
+inline void store_whole(int32_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(v));
+}
+inline Whole broadcast_quad(const int8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, sizeof quad);
+  return _mm256_set1_epi32(quad);
+}
+// acc + the four products of unsigned bytes of w and signed bytes of x in each lane. The byte product of AVX2
+// saturates, so both go through 16 bits.
+inline Whole dot_quads(Whole acc, Whole w, Whole x) {
+  const Whole even =
+      _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const Whole odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}

@@ -60,3 +60,34 @@ inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return fma(a_high, b_high, fma(a_low, b_low, acc));
 #endif
 }
+
+// Sixteen int32 lanes, or 64 bytes of them.
+using Whole = __m512i;
+inline Whole zero_whole() { return _mm512_setzero_si512(); }
+inline Whole broadcast_whole(int32_t x) { return _mm512_set1_epi32(x); }
+inline Whole load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Whole widen_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Whole low_nibbles(Whole x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Whole high_nibbles(Whole x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+inline Whole sub_whole(Whole a, Whole b) { return _mm512_sub_epi32(a, b); }
+inline Whole mul_whole(Whole a, Whole b) { return _mm512_mullo_epi32(a, b); }
+inline Vec to_vec(Whole x) { return _mm512_cvtepi32_ps(x); }
+inline void store_whole(int32_t* p, Vec v) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
+inline Whole broadcast_quad(const int8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, sizeof quad);
+  return _mm512_set1_epi32(quad);
+}
+// acc + the four products of unsigned bytes of w and signed bytes of x in each lane.
+inline Whole dot_quads(Whole acc, Whole w, Whole x) {
+#ifdef DISTINF_HAS_BF16
+  return _mm512_dpbusd_epi32(acc, w, x);  // VNNI: every CPU with the bf16 instructions has it
+#else
+  const Whole even =
+      _mm512_madd_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const Whole odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+  return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
+#endif
+}

@@ -1,0 +1,94 @@
+// int8, w8a8 and int4 GEMM with vector instructions: whole-number dot products over a group, then one
+// multiply-add in fp32 with its scale.
+
+// Accumulators: rows x digits x vectors of a panel; 16 of 32 registers on AVX-512, 8 of 16 on AVX2.
+template <int kDigits>
+constexpr int kMaxQuantisedRows = (kLanes == 16 ? 8 : 2) / kDigits;
+
+// The numbers of one quad of rows for the whole panel.
+template <int kBits>
+inline void load_quads(const uint8_t* p, Whole* quads) {
+  if constexpr (kBits == 8) {
+    for (int v = 0; v < kVectors; v++) quads[v] = load_bytes(p + v * 4 * kLanes);
+  } else {
+    for (int v = 0; v < kVectors / 2; v++) {
+      const Whole both = load_bytes(p + v * 4 * kLanes);
+      quads[v] = low_nibbles(both);
+      quads[v + kVectors / 2] = high_nibbles(both);
+    }
+  }
+}
+
+// Zero points of one vector of columns; a format without them has one for all.
+inline Whole zeros_of(const Weight& w, const char* header, int v) {
+  if (!w.zero_points) return broadcast_whole(w.middle());
+  return widen_bytes(reinterpret_cast<const uint8_t*>(header + kPanel * 2 + v * kLanes));
+}
+
+template <int kBits, int kDigits, int kRows>
+inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q, int64_t panel, int64_t row) {
+  const Weight& w = args.w;
+  const char* header = w.panel(panel);
+  const int64_t quads_in_group = w.group_rows() / 4;
+  Vec total[kRows][kVectors];
+  for (auto& r : total) {
+    for (Vec& v : r) v = zero();
+  }
+  for (int64_t group = 0; group < q.groups; group++, header += w.group_bytes()) {
+    Whole acc[kRows][kDigits][kVectors];
+    for (int i = 0; i < kRows * kDigits * kVectors; i++) (&acc[0][0][0])[i] = zero_whole();
+    const auto* p = reinterpret_cast<const uint8_t*>(header + w.group_header_bytes());
+    for (int64_t quad = 0; quad < quads_in_group; quad++, p += kPanel * kBits / 2) {
+      __builtin_prefetch(p + kPrefetchBytes);
+      if constexpr (kBits == 8) __builtin_prefetch(p + kPrefetchBytes + 64);
+      Whole columns[kVectors];
+      load_quads<kBits>(p, columns);
+      for (int r = 0; r < kRows; r++) {
+        for (int d = 0; d < kDigits; d++) {
+          const Whole xr = broadcast_quad(q.digit(w, row + r, d) + (group * quads_in_group + quad) * 4);
+          for (int v = 0; v < kVectors; v++) acc[r][d][v] = dot_quads(acc[r][d][v], columns[v], xr);
+        }
+      }
+    }
+    for (int v = 0; v < kVectors; v++) {
+      const Vec scale = load(reinterpret_cast<const bf16*>(header) + v * kLanes);
+      const Whole zeros = zeros_of(w, header, v);
+      for (int r = 0; r < kRows; r++) {
+        const int32_t* sums = q.sum(w, row + r, group);
+        Vec y = to_vec(sub_whole(acc[r][0][v], mul_whole(zeros, broadcast_whole(sums[0]))));
+        if constexpr (kDigits == 2) {
+          y = fma(y, broadcast(128.0f), to_vec(sub_whole(acc[r][1][v], mul_whole(zeros, broadcast_whole(sums[1])))));
+        }
+        total[r][v] = fma(y, scale, total[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    for (int v = 0; v < kVectors; v++) total[r][v] = mul(total[r][v], broadcast(q.scales[row + r]));
+    store_row(args, row + r, panel * kPanel, total[r]);
+  }
+}
+
+template <int kBits, int kDigits, int kRows>
+inline void quantised_tail(const LinearArgs& args, const QuantisedRows& q, int64_t panel, int64_t row, int64_t rows) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return quantised_panel_rows<kBits, kDigits, kRows>(args, q, panel, row);
+    quantised_tail<kBits, kDigits, kRows - 1>(args, q, panel, row, rows);
+  }
+}
+
+template <int kBits, int kDigits>
+inline void quantised_panels(const Worker& w, const LinearArgs& args) {
+  constexpr int kRows = kMaxQuantisedRows<kDigits>;
+  const QuantisedRows q = quantise(w, args);
+  for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {
+    int64_t row = 0;
+    for (; row + kRows <= args.m; row += kRows) quantised_panel_rows<kBits, kDigits, kRows>(args, q, panel, row);
+    quantised_tail<kBits, kDigits, kRows - 1>(args, q, panel, row, args.m - row);
+  }
+}
+
+void linear_quantised(const Worker& w, const LinearArgs& args) {
+  if (args.w.bits == 4) return quantised_panels<4, 2>(w, args);
+  args.w.digits == 1 ? quantised_panels<8, 1>(w, args) : quantised_panels<8, 2>(w, args);
+}
