@@ -49,6 +49,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
+    parser.add_argument("--no-capture", dest="capture", action="store_false", help="run every decode step eagerly")
     parser.add_argument("--load-format", default="auto", metavar="|".join(LOAD_FORMATS), help="dummy: random weights")
     parser.add_argument("--config", metavar="FILE", help="config.json for --load-format dummy")
     parser.add_argument("--num-layers", type=int, metavar="N", help="layers for --load-format dummy")
@@ -60,7 +61,7 @@ def load_llm(args: argparse.Namespace, group: Group) -> LLM:
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, config=args.config, num_layers=args.num_layers, group=group,
-        progress=sys.stderr.isatty(),
+        capture=args.capture, progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class RunConfig:
     isa: str = "auto"
     threads: int = 0  # per rank; 0: the cores that the rank is bound to
     load_format: str = "auto"
+    capture: bool = True  # record the decode step once and replay it
 
     def __post_init__(self) -> None:
         head_dtype = self.head_dtype or self.dtype

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from distinf.comm import Group
-from distinf.kernels import Kernels
+from distinf.kernels import Kernels, Step
 from distinf.kv_cache import KVCache
 from distinf.models import Model
 from distinf.sampling import SamplingParams, sample
@@ -35,13 +35,43 @@ class Sequence:
         return len(self.prompt) + len(self.generated)
 
 
+class Decoder:
+    """Decode steps of one batch size over one cache: the first is captured, later ones replay it."""
+
+    def __init__(self, model: Model, kernels: Kernels, cache: KVCache, capture: bool) -> None:
+        """Without `capture` every step runs eagerly."""
+        self._model = model
+        self._kernels = kernels
+        self._cache = cache
+        self._capture = capture
+        self._step: Step | None = None
+
+    def __call__(self, running: list[Sequence]) -> torch.Tensor:
+        """Run the last token of each sequence; logits [B, vocab_local], overwritten by the next call."""
+        ids = torch.tensor([s.generated[-1] for s in running], dtype=torch.int32)
+        positions = torch.tensor([s.next_position - 1 for s in running], dtype=torch.int32)
+        sequence = torch.tensor([s.index for s in running], dtype=torch.int32)
+        batch = self._model.batch(positions, sequence, self._cache.block_table)
+        if not self._capture:
+            return self._model.forward(ids, batch, self._cache, None)
+        if self._step is None:
+            self._ids, self._batch = ids, batch
+            self._step = self._kernels.record(lambda: self._model.forward(ids, batch, self._cache, None))
+            return self._step.result
+        self._ids.copy_(ids)
+        self._batch.assign_(batch)
+        return self._step.replay()
+
+
 class Engine:
     """One model on one group. Every rank calls generate with the same arguments and gets the same tokens."""
 
-    def __init__(self, model: Model, kernels: Kernels, group: Group) -> None:
+    def __init__(self, model: Model, kernels: Kernels, group: Group, capture: bool = True) -> None:
+        """`capture`: record the decode step once per batch size and replay it (see Decoder)."""
         self._model = model
         self._kernels = kernels
         self._group = group
+        self._capture = capture
 
     def check(self, prompts: list[list[int]], params: SamplingParams) -> None:
         """Raises ValueError for a prompt that is empty, past the context, or holds ids outside the vocabulary."""
@@ -71,6 +101,12 @@ class Engine:
         start = time.perf_counter()
         sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
         cache = self.new_cache([len(p) + params.max_new_tokens for p in prompts])
+        decoders: dict[int, Decoder] = {}
+
+        def decode(running: list[Sequence]) -> torch.Tensor:
+            if len(running) not in decoders:
+                decoders[len(running)] = Decoder(self._model, self._kernels, cache, self._capture)
+            return decoders[len(running)](running)
 
         def take(running: list[Sequence], logits: torch.Tensor) -> list[Sequence]:
             for sequence, token in zip(running, self._sample(running, logits, params), strict=True):
@@ -82,7 +118,7 @@ class Engine:
 
         running = take(sequences, self.prefill(sequences, cache))
         while running:
-            running = take(running, self.decode(running, cache))
+            running = take(running, decode(running))
         return sequences
 
     def prefill(self, sequences: list[Sequence], cache: KVCache) -> torch.Tensor:
@@ -97,13 +133,6 @@ class Engine:
             last = ends[(ends >= start) & (ends < start + PREFILL_ROWS)] - start
             logits.append(self._forward(ids[rows], positions[rows], sequence[rows], cache, last))
         return torch.cat(logits)
-
-    def decode(self, running: list[Sequence], cache: KVCache) -> torch.Tensor:
-        """Run the last token of each sequence; logits [B, vocab_local]."""
-        ids = torch.tensor([s.generated[-1] for s in running], dtype=torch.int32)
-        positions = torch.tensor([s.next_position - 1 for s in running], dtype=torch.int32)
-        sequence = torch.tensor([s.index for s in running], dtype=torch.int32)
-        return self._forward(ids, positions, sequence, cache, torch.arange(len(running)))
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, sequence: torch.Tensor, cache: KVCache, last: torch.Tensor

@@ -108,6 +108,7 @@ class LLM:
         load_format: str = "auto",
         config: str | None = None,
         num_layers: int | None = None,
+        capture: bool = True,
         group: Group | None = None,
         progress: bool = False,
     ) -> None:
@@ -116,7 +117,8 @@ class LLM:
         `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
         and `zero_points` are those of the quantised ones. `shares` is one number for each rank ("3,1"; None:
         equal). `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the
-        model's own), of `num_layers` layers when given. `progress` shows a loading bar on stderr.
+        model's own), of `num_layers` layers when given. `capture` False
+        runs decode steps eagerly instead of replaying a recorded one. `progress` shows a loading bar on stderr.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -135,6 +137,7 @@ class LLM:
                 isa,
                 threads,
                 load_format,
+                capture,
             ),
         )
         self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
@@ -143,7 +146,7 @@ class LLM:
             lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
         )
         self.loaded = load_model(checkpoint, self.run, self.group, progress)
-        self.engine = Engine(self.loaded.model, self.loaded.kernels, self.group)
+        self.engine = Engine(self.loaded.model, self.loaded.kernels, self.group, capture)
         self._loaded_tokenizer: Tokenizer | None = None
         self.load_s = time.perf_counter() - start
 

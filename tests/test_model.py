@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from distinf import LLM, SamplingParams
 from distinf.comm import InputError
+from distinf.engine import Decoder, Sequence
 from distinf.models import families
 
 # fp32 sums of a few hundred terms, a few tens of times in a row: errors of single units grow to parts in 1e5.
@@ -26,8 +28,6 @@ ROPE_SCALINGS = [
 
 def logits_of(llm: LLM, prompt: list[int]) -> torch.Tensor:
     """fp32 [vocab] after the prompt, through the engine's own prefill."""
-    from distinf.engine import Sequence
-
     cache = llm.engine.new_cache([len(prompt)])
     return llm.engine.prefill([Sequence(0, prompt)], cache)[0]
 
@@ -88,6 +88,58 @@ def test_a_long_prompt_goes_in_parts(tiny_llama: Path, monkeypatch: pytest.Monke
     whole = [c.token_ids for c in llm.generate(prompts, params)]
     monkeypatch.setattr("distinf.engine.PREFILL_ROWS", 48)
     assert [c.token_ids for c in llm.generate(prompts, params)] == whole
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "w8a8", "int4", "fp32"])
+def test_captured_and_eager_steps_are_the_same_bits(make_llama: Callable[..., Path], dtype: str) -> None:
+    """Three sequences that end at different tokens, so that three batch sizes are captured."""
+    path = make_llama(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=192)
+    prompts = [prompt_of(5), prompt_of(70), prompt_of(2)]
+    results = []
+    for capture in (True, False):
+        llm = LLM(str(path), dtype=dtype, capture=capture)
+        ends = llm.generate(prompts, SamplingParams(max_new_tokens=9, ignore_eos=True))
+        object.__setattr__(llm.config, "eos_ids", (ends[0].token_ids[3], ends[1].token_ids[6]))
+        steps: list[torch.Tensor] = []
+        decode = Decoder.__call__
+
+        def keep(self: Decoder, running: list[Sequence], steps: list = steps, decode: Any = decode) -> torch.Tensor:
+            steps.append(decode(self, running).clone())
+            return steps[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoder, "__call__", keep)
+            results.append((llm.generate(prompts, SamplingParams(max_new_tokens=30)), steps))
+    (captured, captured_logits), (eager, eager_logits) = results
+    assert [c.token_ids for c in captured] == [c.token_ids for c in eager]
+    assert len({len(c.token_ids) for c in eager}) > 1, "no sequence ended before another"
+    assert len(captured_logits) == len(eager_logits)
+    assert all(torch.equal(a, b) for a, b in zip(captured_logits, eager_logits, strict=True))
+
+
+@pytest.mark.parametrize("dtype, bits, unit", [("int8", 8, 2**-9), ("w8a8", 8, 2**-7), ("int4", 4, 2**-9)])
+def test_quantised_logits_are_near_fp32(make_llama: Callable[..., Path], dtype: str, bits: int, unit: float) -> None:
+    """Native against reference kernels of the same format: only roundings to bf16 differ (see the bf16 test).
+
+    In w8a8 such a difference can move an activation to the next of its 127 steps, which is `unit` of it.
+    """
+    path = make_llama(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=192)
+    native, reference = (
+        logits_of(LLM(str(path), dtype=dtype, kernels=k, head_dtype="bf16"), prompt_of(40))
+        for k in ("native", "reference")
+    )
+    assert (native - reference).abs().max() < 5 * unit * (8 * 3) ** 0.5 * reference.std()
+    exact = logits_of(LLM(str(path), dtype="fp32"), prompt_of(40))
+    assert 0 < (native - exact).std() < 8 * 2.0**-bits * exact.std() * (7 * 3) ** 0.5
+
+
+def test_groups_that_do_not_divide_are_refused_before_reading(tiny_llama: Path) -> None:
+    with pytest.raises(InputError, match=r"--group-size 64 does not divide the input features 0 .. 120 of"):
+        LLM(str(tiny_llama), dtype="int4", group_size=64)
+    with pytest.raises(InputError, match=r"--group-size 48: expected one of 0, 32, 64, 128"):
+        LLM(str(tiny_llama), dtype="int8", group_size=48)
+    with pytest.raises(InputError, match=r"--head-dtype fp32 and --dtype int8"):
+        LLM(str(tiny_llama), dtype="int8", head_dtype="fp32")
 
 
 def test_stops_at_the_end_of_sequence_and_at_the_length(tiny_llama: Path) -> None:

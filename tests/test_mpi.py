@@ -157,12 +157,12 @@ def test_killing_a_rank_ends_the_job_and_names_it(n: int, victim: int) -> None:
 
 def test_an_error_on_one_rank_ends_the_job_and_names_it(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
-        "import torch; from distinf import cli, comm; from distinf.engine import Engine\n"
-        "decode = Engine.decode\n"
+        "import torch; from distinf import cli, comm; from distinf.engine import Decoder\n"
+        "decode = Decoder.__call__\n"
         "def broken(self, *args):\n"
         "    if comm.launched_rank() == 1: raise RuntimeError('cosmic ray')\n"
         "    return decode(self, *args)\n"
-        "Engine.decode = broken\n"
+        "Decoder.__call__ = broken\n"
         "cli.main(['generate', '--prompt', 'x'])\n"
     )
     done = run(ranks(2, "python", tmp_path / "script.py"), timeout_s=60)

@@ -6,6 +6,7 @@ is `act_dtype`. Trailing `_` means in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,15 @@ class PackedWeight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that one pass over the weight reads."""
+
+
+class Step(Protocol):
+    """A recorded forward pass."""
+
+    result: torch.Tensor  # what forward returned; replays write it again
+
+    def replay(self) -> torch.Tensor:
+        """The same ops on the same buffers, with what they hold now; returns `result`."""
 
 
 class ReadProbe(Protocol):
@@ -86,6 +96,15 @@ class Kernels(Protocol):
 
     def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """ids int32 [T], table [vocab, hidden] in act_dtype -> fp32 [T, hidden]."""
+
+    def record(self, forward: Callable[[], torch.Tensor]) -> Step:
+        """Run `forward` once and keep its ops, with their buffers and the host's calls, as a Step.
+
+        `forward` may use torch for views only: what torch computes in it would not be recorded.
+        """
+
+    def host_call(self, function: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
+        """function(x), as part of the step: a collective, for instance."""
 
     def read_probe(self) -> ReadProbe:
         """Memory of this rank to measure its read bandwidth on; freed with the object."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,27 @@ class NativeWeight:
         return self.packed.nbytes if self.packed else 0
 
 
+class NativeStep:
+    """See distinf.kernels.Step: native programs, with the host's calls between them."""
+
+    def __init__(self, rt: _native.Runtime) -> None:
+        self._rt = rt
+        self.parts: list[Callable[[], object]] = []
+        self.buffers: list[torch.Tensor] = []  # what the programs point to, kept from being freed
+        self.result = torch.empty(0)
+
+    def open_segment(self) -> None:
+        """What is executed from here on goes into a new program."""
+        program = _native.StepProgram()
+        self._rt.record(program)
+        self.parts.append(lambda: self._rt.replay(program))
+
+    def replay(self) -> torch.Tensor:
+        for part in self.parts:
+            part()
+        return self.result
+
+
 class NativeKernels:
     """See distinf.kernels.Kernels. One thread team and one weight arena each; torch keeps to one thread."""
 
@@ -79,6 +101,30 @@ class NativeKernels:
         self.isa = isa
         self.threads = len(cpus)
         self._rt = _native.Runtime(getattr(_native.Isa, isa), cpus, oversubscribed)
+        self._recording: NativeStep | None = None
+
+    def record(self, forward: Callable[[], torch.Tensor]) -> NativeStep:
+        step = NativeStep(self._rt)
+        self._recording = step
+        step.open_segment()
+        try:
+            step.result = forward()
+        finally:
+            self._rt.record(None)
+            self._recording = None
+        return step
+
+    def host_call(self, function: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
+        function(x)
+        if self._recording is not None:
+            self._recording.parts.append(lambda: function(x))
+            self._recording.open_segment()
+
+    def _new(self, *shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        out = torch.empty(shape, dtype=dtype)
+        if self._recording is not None:
+            self._recording.buffers.append(out)
+        return out
 
     def pack(self, weight: torch.Tensor, form: Format) -> NativeWeight:
         n, k = weight.shape
@@ -103,9 +149,10 @@ class NativeKernels:
         assert bias is None or (bias.dtype == FP32 and bias.shape == (weight.n,))
         dtype = out_dtype or BF16
         if k == 0:  # an empty shard adds nothing
-            out = torch.zeros(m, weight.n, dtype=dtype)
-            return out if bias is None else out + bias.to(dtype)
-        out = torch.empty(m, weight.n, dtype=dtype)
+            out = self._new(m, weight.n, dtype=dtype)
+            self.host_call(lambda y: y.copy_(bias.expand_as(y)) if bias is not None else y.zero_(), out)
+            return out
+        out = self._new(m, weight.n, dtype=dtype)
         if weight.packed:
             self._rt.linear(
                 x.data_ptr(), x.stride(0), weight.packed, _address(bias), out.data_ptr(), weight.n, dtype == FP32, m
@@ -117,7 +164,7 @@ class NativeKernels:
     ) -> torch.Tensor:
         assert x.dtype == weight.dtype == FP32 and x.is_contiguous() and weight.shape == x.shape[1:]
         assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
-        out = torch.empty(x.shape, dtype=BF16)
+        out = self._new(*x.shape)
         rows, n = x.shape
         self._rt.rms_norm(x.data_ptr(), _address(add_), weight.data_ptr(), out.data_ptr(), rows, n, eps)
         return out
@@ -140,7 +187,7 @@ class NativeKernels:
         rows, heads, head_dim = q.shape
         assert q.dtype == BF16 and _heads_adjacent(q) and head_dim == cache.k.shape[3]
         assert (group_offset + heads - 1) // group < cache.k.shape[1], "a query head without its KV head"
-        out = torch.empty(rows, heads, head_dim, dtype=BF16)
+        out = self._new(rows, heads, head_dim)
         self._rt.attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), heads, group, group_offset, window,
             1 / math.sqrt(head_dim), _cache_args(cache), _batch_args(batch),
@@ -150,13 +197,13 @@ class NativeKernels:
     def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
         rows, n = x.shape[0], x.shape[1] // 2
         assert x.dtype == BF16 and x.is_contiguous()
-        out = torch.empty(rows, n, dtype=BF16)
+        out = self._new(rows, n)
         self._rt.silu_mul(x.data_ptr(), out.data_ptr(), rows, n)
         return out
 
     def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         assert ids.dtype == torch.int32 and table.dtype == BF16 and table.is_contiguous()
-        out = torch.empty(len(ids), table.shape[1])
+        out = self._new(len(ids), table.shape[1], dtype=FP32)
         self._rt.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), *out.shape)
         return out
 

@@ -105,12 +105,30 @@ class ReferenceKernels:
     def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return table[ids].float()
 
+    def record(self, forward: Callable[[], torch.Tensor]) -> EagerStep:
+        return EagerStep(forward, forward())
+
+    def host_call(self, function: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
+        function(x)
+
     def read_probe(self) -> TorchReadProbe:
         return TorchReadProbe()
 
     def measure_peak_tflops(self) -> float:
         a = torch.ones(1024, 1024, dtype=self.act_dtype)
         return max(2 * 1024**3 / _seconds(lambda: a @ a) / 1e12 for _ in range(5))
+
+
+@dataclass
+class EagerStep:
+    """See distinf.kernels.Step: torch has nothing to record, so a replay is the forward pass again."""
+
+    forward: Callable[[], torch.Tensor]
+    result: torch.Tensor
+
+    def replay(self) -> torch.Tensor:
+        self.result = self.forward()
+        return self.result
 
 
 class TorchReadProbe:

@@ -29,8 +29,8 @@ class Model(Protocol):
     def batch(self, positions: torch.Tensor, sequence: torch.Tensor, block_table: torch.Tensor) -> Batch:
         """Describe a step: int32 [T], int32 [T], int32 [B, max_blocks]; adds the rotary angles."""
 
-    def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
-        """ids int32 [T] -> fp32 logits [len(last), vocab_local] of the rows `last` (int64)."""
+    def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor | None) -> torch.Tensor:
+        """ids int32 [T] -> fp32 logits [len(last), vocab_local] of the rows `last` (int64), or of all (None)."""
 
 
 class Family(Protocol):

@@ -138,13 +138,13 @@ class Llama:
     def batch(self, positions: torch.Tensor, sequence: torch.Tensor, block_table: torch.Tensor) -> Batch:
         return Batch(positions, sequence, block_table, *rotations(positions, self.frequencies))
 
-    def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor | None) -> torch.Tensor:
         x = self.kernels.embedding(ids, self.embed)
         delta = None
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             delta = block(x, delta, batch, layer_cache)
         normed = self.norm(x, delta)
-        return self.head(normed[last], torch.float32)
+        return self.head(normed if last is None else normed[last], torch.float32)
 
 
 def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels, group: Group) -> Llama:

@@ -64,6 +64,16 @@ def test_tokens_equal_those_of_one_rank(group: Group, path: Path, params: Sampli
     assert all(tokens == everyone[0] for tokens in everyone)
 
 
+def test_captured_and_eager_steps_choose_alike(group: Group, path: Path) -> None:
+    params = SamplingParams(max_new_tokens=24, ignore_eos=True)
+    for shares in SHARES.get(group.world_size, [None]):
+        captured, eager = (
+            LLM(str(path), dtype="bf16", shares=shares, group=group, capture=c).generate(PROMPTS, params)
+            for c in (True, False)
+        )
+        assert [c.token_ids for c in captured] == [c.token_ids for c in eager]
+
+
 def test_no_rank_holds_the_whole_model(group: Group, path: Path) -> None:
     whole = LLM(str(path), dtype="bf16", group=SingleGroup(), threads=1).loaded.weights.bytes_per_token
     mine = LLM(str(path), dtype="bf16", group=group).loaded.weights.bytes_per_token

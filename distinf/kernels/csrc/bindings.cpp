@@ -29,45 +29,50 @@ Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_
 
 void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
             int64_t out_stride, bool out_fp32, int64_t m) {
-  char* scratch = rt.scratch(scratch_bytes(weight, m, rt.team.size()));
+  rt.reserve_scratch(scratch_bytes(weight, m, rt.team.size()));
   const LinearArgs args{at<const bf16>(x), x_stride, weight, at<const float>(bias), at<void>(out), out_stride,
-                        out_fp32,          m,        scratch};
+                        out_fp32,          m,        nullptr};
   const auto kernel = weight.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised;
-  rt.team.run([&](const Worker& worker) { kernel(worker, args); });
+  rt.execute([=, &rt](const Worker& w) {
+    LinearArgs with_scratch = args;
+    with_scratch.scratch = rt.scratch();
+    kernel(w, with_scratch);
+  });
 }
 
 void rms_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t out, int64_t rows, int64_t n,
               float eps) {
-  rt.team.run([=, &rt](const Worker& w) {
+  rt.execute([=, &rt](const Worker& w) {
     rt.kernels.rms_norm(w, at<float>(x), at<const float>(add), at<const float>(weight), at<bf16>(out), rows, n, eps);
   });
 }
 
 void rope(Runtime& rt, uintptr_t x, int64_t stride, uintptr_t cos, uintptr_t sin, int64_t rows, int64_t heads,
           int64_t head_dim, int64_t half) {
-  rt.team.run([=, &rt](const Worker& w) {
+  rt.execute([=, &rt](const Worker& w) {
     rt.kernels.rope(w, at<bf16>(x), stride, at<const float>(cos), at<const float>(sin), rows, heads, head_dim, half);
   });
 }
 
 void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const CacheArgs& cache, const BatchArgs& batch) {
-  rt.team.run(
-      [&](const Worker& w) { rt.kernels.kv_append(w, at<const bf16>(k), at<const bf16>(v), stride, cache, batch); });
+  rt.execute([=, &rt](const Worker& w) {
+    rt.kernels.kv_append(w, at<const bf16>(k), at<const bf16>(v), stride, cache, batch);
+  });
 }
 
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
                int64_t group_offset, int64_t window, float scale, const CacheArgs& cache, const BatchArgs& batch) {
   if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 512");
   const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group, group_offset, window, scale};
-  rt.team.run([&](const Worker& w) { rt.kernels.attention(w, args, cache, batch); });
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.attention(w, args, cache, batch); });
 }
 
 void silu_mul(Runtime& rt, uintptr_t x, uintptr_t out, int64_t rows, int64_t n) {
-  rt.team.run([=, &rt](const Worker& w) { rt.kernels.silu_mul(w, at<const bf16>(x), at<bf16>(out), rows, n); });
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.silu_mul(w, at<const bf16>(x), at<bf16>(out), rows, n); });
 }
 
 void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, uintptr_t out, int64_t rows, int64_t n) {
-  rt.team.run([=, &rt](const Worker& w) {
+  rt.execute([=, &rt](const Worker& w) {
     rt.kernels.embedding(w, at<const int32_t>(ids), at<const bf16>(table), at<float>(out), rows, n);
   });
 }
@@ -99,10 +104,15 @@ PYBIND11_MODULE(_native, m) {
                              max_blocks, rows};
           }));
 
+  py::class_<StepProgram>(m, "StepProgram").def(py::init<>()).def("__len__", &StepProgram::size);
+
   py::class_<Runtime>(m, "Runtime")
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
       .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
       .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
+      .def(
+          "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
+      .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
       .def("pack", &pack_weight)
       .def("linear", &linear)
       .def("rms_norm", &rms_norm)

@@ -6,6 +6,7 @@
 #include "arena.h"
 #include "isa.h"
 #include "kernel_table.h"
+#include "step_program.h"
 #include "thread_team.h"
 
 namespace distinf {
@@ -20,11 +21,18 @@ class Runtime {
   ThreadTeam team;
   Arena arena;
 
-  // Memory that an operation may use while it runs; the address holds until a larger piece is asked for.
-  char* scratch(int64_t bytes) {
+  // Memory that an operation may use while it runs. Reserve before the team starts; the address may then change.
+  void reserve_scratch(int64_t bytes) {
     if (static_cast<int64_t>(scratch_.size()) < bytes + 64) scratch_.resize(bytes + 64);
-    return scratch_.data() + (-reinterpret_cast<uintptr_t>(scratch_.data()) & 63);
   }
+  char* scratch() { return scratch_.data() + (-reinterpret_cast<uintptr_t>(scratch_.data()) & 63); }
+
+  // Runs an operation on the team now and, while a step is recorded, keeps it for replay.
+  void execute(Op op) {
+    team.run(op);
+    if (recording) recording->add(std::move(op));
+  }
+  StepProgram* recording = nullptr;
 
  private:
   std::vector<char> scratch_;
