@@ -55,13 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-layers", type=int, metavar="N", help="layers for --load-format dummy")
 
 
-def load_llm(args: argparse.Namespace, group: Group) -> LLM:
-    """The model that the flags of `add_model_arguments` ask for."""
+def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
+    """The model that the flags of `add_model_arguments` ask for, with room for `kv_tokens`."""
     return LLM(
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, config=args.config, num_layers=args.num_layers, group=group,
-        capture=args.capture, progress=sys.stderr.isatty(),
+        capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 
@@ -98,7 +98,8 @@ def run_generate(args: argparse.Namespace, group: Group) -> None:
     """`distinf generate`."""
     params = agreed(group, lambda: _sampling(args))
     prompt = agreed(group, lambda: _prompt(args))
-    llm = load_llm(args, group)
+    # A text's tokens are counted when its tokenizer is loaded; the answer's room is known now.
+    llm = load_llm(args, group, params.max_new_tokens + (len(prompt) if isinstance(prompt, list) else 0))
     prompts: Any = [prompt]
     (completion,) = llm.generate(prompts, params, chat=args.chat, on_token=_streamer(llm))
     report = _report(llm, completion)

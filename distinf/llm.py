@@ -16,13 +16,15 @@ from distinf.comm import Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.engine import Engine, Sequence
 from distinf.kernels import Kernels, Placement
+from distinf.kv_cache import KVCache
+from distinf.memory import MemoryNeed, available_bytes, check_memory
 from distinf.models import Model, family
 from distinf.models.params import Weights
 from distinf.sampling import SamplingParams
 from distinf.shard import ShardPlan, parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
-from distinf.weights.load import Formats, load_weights
+from distinf.weights.load import Cuts, Formats, check_groups, load_weights, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ def place(group: Group, threads: int) -> Placement:
     return Placement(*topology.place([cores[m] for m in mates], mates.index(group.rank), threads))
 
 
-def load_model(checkpoint: Checkpoint, run: RunConfig, group: Group, progress: bool = False) -> LoadedModel:
-    """Plan the shards, check that all ranks mean the same model, and load this rank's part.
+def load_model(
+    checkpoint: Checkpoint, run: RunConfig, group: Group, kv_tokens: int = 0, progress: bool = False
+) -> LoadedModel:
+    """Plan the shards, check that all ranks mean the same model and have room for it, and load this rank's part.
 
-    Raises InputError on every rank for anything that one of them cannot load.
+    `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. Raises InputError on
+    every rank for anything that one of them cannot load.
     """
     known, config = agreed(group, lambda: _parse(checkpoint))
     _check_same(group, config, run)
@@ -64,11 +69,19 @@ def load_model(checkpoint: Checkpoint, run: RunConfig, group: Group, progress: b
     plan = agreed(
         group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
     )
-    shard, show = plan.shards[group.rank], progress and group.rank == 0
+    shard, params, show = plan.shards[group.rank], known.params(config), progress and group.rank == 0
     formats = agreed(group, lambda: Formats.of(run))
-    weights = agreed(
-        group, lambda: load_weights(checkpoint, known.params(config), config, shard, group.rank, kernels, formats, show)
+    cuts = Cuts(config, shard)
+    agreed(group, lambda: check_groups(params, cuts, formats))
+    need = MemoryNeed(
+        weights=weight_bytes(params, cuts, formats, kernels.act_dtype),
+        kv_cache=kv_tokens
+        * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, kernels.act_dtype),
+        kv_tokens=kv_tokens,
     )
+    needs, mates = group.all_gather_object(need), group.node_mates()
+    agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
+    weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
     return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
 
 
@@ -109,6 +122,7 @@ class LLM:
         config: str | None = None,
         num_layers: int | None = None,
         capture: bool = True,
+        kv_tokens: int = 0,
         group: Group | None = None,
         progress: bool = False,
     ) -> None:
@@ -118,7 +132,9 @@ class LLM:
         and `zero_points` are those of the quantised ones. `shares` is one number for each rank ("3,1"; None:
         equal). `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the
         model's own), of `num_layers` layers when given. `capture` False
-        runs decode steps eagerly instead of replaying a recorded one. `progress` shows a loading bar on stderr.
+        runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`,
+        the tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
+        `progress` shows a loading bar on stderr.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -145,7 +161,7 @@ class LLM:
             self.group,
             lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
         )
-        self.loaded = load_model(checkpoint, self.run, self.group, progress)
+        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress)
         self.engine = Engine(self.loaded.model, self.loaded.kernels, self.group, capture)
         self._loaded_tokenizer: Tokenizer | None = None
         self.load_s = time.perf_counter() - start

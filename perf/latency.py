@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace, group: Group) -> None:
     for flag in ("batch", "input_len", "output_len", "runs"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 1 or more")
-    llm = load_llm(args, group)
+    llm = load_llm(args, group, args.batch * (args.input_len + args.output_len))
     # Any ids do: what they mean does not change the time. Different ones for each sequence.
     vocab = llm.config.vocab
     prompts = [[(7919 * i + 31 * b) % vocab for i in range(args.input_len)] for b in range(args.batch)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,19 +19,20 @@ from distinf.weights import Checkpoint
 
 
 def load_weights(
-    checkpoint: Checkpoint, params: Sequence[Param], config: ModelConfig, shard: Shard, rank: int, kernels: Kernels,
-    formats: Formats, progress: bool,
-) -> Weights:  # fmt: skip
+    checkpoint: Checkpoint,
+    params: Sequence[Param],
+    cuts: Cuts,
+    rank: int,
+    kernels: Kernels,
+    formats: Formats,
+    progress: bool,
+) -> Weights:
     """Read and pack this rank's part of every weight. Biases of row-parallel linears go to rank 0 alone.
 
-    Raises ValueError naming the tensor when it is missing, its shape is not the config's, or its input
-    features are not whole groups of its format. `progress` shows a bar on stderr.
+    Raises ValueError naming the tensor when it is missing or its shape is not the config's. `progress` shows
+    a bar on stderr.
     """
     _check_shapes(checkpoint, params)
-    cuts = Cuts(config, shard)
-    for param in params:  # all of them before the first is read
-        if param.kind == "linear":
-            formats.for_param(param).check_k(param.sources[0].name, cuts.columns(param))
     weights = Weights()
     for param in tqdm(params, desc="loading", unit="weight", leave=False, disable=not progress):
         if param.kind == "linear":
@@ -39,6 +41,25 @@ def load_weights(
             dtype = torch.float32 if param.kind == "vector" else kernels.act_dtype
             weights.tensors[param.name] = checkpoint.read(param.sources[0].name, dtype).contiguous()
     return weights
+
+
+def check_groups(params: Sequence[Param], cuts: Cuts, formats: Formats) -> None:
+    """Raises ValueError when the input features of a linear on this rank are not whole groups of its format."""
+    for param in params:
+        if param.kind == "linear":
+            formats.for_param(param).check_k(param.sources[0].name, cuts.columns(param))
+
+
+def weight_bytes(params: Sequence[Param], cuts: Cuts, formats: Formats, act_dtype: torch.dtype) -> int:
+    """Bytes that this rank's weights take in memory, scales left out."""
+    total = 0
+    for param in params:
+        if param.kind == "linear":
+            rows = sum(len(cuts.rows(source)) for source in param.sources)
+            total += rows * len(cuts.columns(param)) * formats.for_param(param).bits // 8
+        else:
+            total += math.prod(param.sources[0].shape) * act_dtype.itemsize
+    return total
 
 
 @dataclass(frozen=True)
