@@ -43,6 +43,6 @@ def check_memory(needs: list[MemoryNeed], available: int) -> None:
     weights, cache = sum(n.weights for n in needs), sum(n.kv_cache for n in needs)
     raise ValueError(
         f"{len(needs)} rank{'s' * (len(needs) > 1)} on {os.uname().nodename} need {weights / 1e9:.1f} GB for weights "
-        f"and {cache / 1e9:.1f} GB for a KV cache of {needs[0].kv_tokens} tokens, but {available / 1e9:.1f} GB of memory "
-        "is available; use more ranks on other machines, a smaller --dtype, or fewer tokens"
+        f"and {cache / 1e9:.1f} GB for a KV cache of {needs[0].kv_tokens} tokens, but {available / 1e9:.1f} GB "
+        "of memory is available; use more ranks on other machines, a smaller --dtype, or fewer tokens"
     )
