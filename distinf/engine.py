@@ -45,6 +45,7 @@ class Decoder:
         self._cache = cache
         self._capture = capture
         self._step: Step | None = None
+        self.replay_s: list[float] = []  # of each replay: kernels, barriers and collectives, no Python between
 
     def __call__(self, running: list[Sequence]) -> torch.Tensor:
         """Run the last token of each sequence; logits [B, vocab_local], overwritten by the next call."""
@@ -60,7 +61,10 @@ class Decoder:
             return self._step.result
         self._ids.copy_(ids)
         self._batch.assign_(batch)
-        return self._step.replay()
+        start = time.perf_counter()
+        logits = self._step.replay()
+        self.replay_s.append(time.perf_counter() - start)
+        return logits
 
 
 class Engine:
@@ -72,6 +76,7 @@ class Engine:
         self._kernels = kernels
         self._group = group
         self._capture = capture
+        self.replay_s: list[float] = []  # of the last generate: see Decoder
 
     def check(self, prompts: list[list[int]], params: SamplingParams) -> None:
         """Raises ValueError for a prompt that is empty, past the context, or holds ids outside the vocabulary."""
@@ -119,6 +124,7 @@ class Engine:
         running = take(sequences, self.prefill(sequences, cache))
         while running:
             running = take(running, decode(running))
+        self.replay_s = [s for decoder in decoders.values() for s in decoder.replay_s]
         return sequences
 
     def prefill(self, sequences: list[Sequence], cache: KVCache) -> torch.Tensor:

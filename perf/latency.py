@@ -43,15 +43,21 @@ def measure(args: argparse.Namespace, group: Group) -> None:
     prompts = [[(7919 * i + 31 * b) % vocab for i in range(args.input_len)] for b in range(args.batch)]
     params = SamplingParams(max_new_tokens=args.output_len, ignore_eos=True)
     llm.generate(prompts, params)
-    runs = [llm.generate(prompts, params) for _ in range(args.runs)]
-    result = report(args, llm, [run[0] for run in runs])
+    runs, replay_ms = [], []
+    for _ in range(args.runs):
+        runs.append(llm.generate(prompts, params)[0])
+        replay_ms += [1e3 * s for s in llm.engine.replay_s]
+    result = report(args, llm, runs, replay_ms)
     if group.rank == 0:
         print(table(result))
         print(json.dumps(result), flush=True)
 
 
-def report(args: argparse.Namespace, llm: LLM, runs: list[Completion]) -> dict[str, Any]:
-    """The JSON line; collective. All sequences of a batch step together: the first one's times are everyone's."""
+def report(args: argparse.Namespace, llm: LLM, runs: list[Completion], replay_ms: list[float]) -> dict[str, Any]:
+    """The JSON line; collective. All sequences of a batch step together: the first one's times are everyone's.
+
+    `replay_ms` is the part of each token that the captured step takes; the rest is the host's.
+    """
     group, kernels, weights = llm.group, llm.loaded.kernels, llm.loaded.weights
     rss = group.all_gather_object(round(peak_rss_mb(), 1))
     ceiling = measure_read_gb_s(kernels, group)
@@ -77,6 +83,7 @@ def report(args: argparse.Namespace, llm: LLM, runs: list[Completion]) -> dict[s
         "tpot_ms": tpot,
         "prefill_tok_s": round(1e3 * args.batch * args.input_len / ttft["p50"], 1),
         "decode_tok_s": round(1e3 * args.batch / tpot["p50"], 2) if tpot else None,
+        "host_fraction": round(1 - percentiles(replay_ms)["p50"] / tpot["p50"], 4) if replay_ms else None,
         "weight_bytes_per_token": weight_bytes,
         **decode_rates(weight_bytes, tpot.get("p50"), ceiling),
         "prefill_tflops": round(tflops, 4),
@@ -104,6 +111,8 @@ def table(r: dict[str, Any]) -> str:
             ("decode", f"{r['decode_tok_s']} tok/s, {r['read_gb_s']} GB/s = "
                        f"{r['roofline']:.2f} of the measured {r['roofline_read_gb_s']} GB/s")
         )  # fmt: skip
+    if r["host_fraction"] is not None:
+        rows.append(("host", f"{100 * r['host_fraction']:.1f} % of a token outside the captured step"))
     rows += [("load", f"{r['load_s']} s"), ("peak memory", f"{r['peak_rss_mb']} MB")]
     return "\n".join(f"{name:<16} {text}" for name, text in rows)
 
