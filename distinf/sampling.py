@@ -52,12 +52,25 @@ def sample(
     counters of the noise: the row's index in the request and the position of the token to be chosen.
     """
     if params.temperature == 0:
-        return _best(group, vocab, 1, logits)[-1][:, 0].tolist()
+        return _argmax(logits, vocab, group)
     scaled = logits / params.temperature
     noise = _gumbel(vocab, params.seed, sequences, positions)
     if params.top_k == 0 and params.top_p == 1:
-        return _best(group, vocab, 1, scaled + noise)[-1][:, 0].tolist()
+        return _argmax(scaled + noise, vocab, group)
     return [_sample_limited(s[None], n[None], vocab, params, group) for s, n in zip(scaled, noise, strict=True)]
+
+
+def _argmax(scores: torch.Tensor, vocab: range, group: Group) -> list[int]:
+    """The token of the highest score of each row over all ranks, the lowest id on a tie."""
+    rows = np.arange(len(scores))
+    local = scores.numpy()
+    place = local.argmax(1) if len(vocab) else rows  # the first of equals; ten times faster than torch's
+    if group.world_size == 1:
+        return [int(p) for p in place]
+    mine = np.stack([local[rows, place] if len(vocab) else np.full(len(rows), -np.inf), place + vocab.start])
+    everyone = group.all_gather(torch.from_numpy(mine.astype(np.float64))).numpy()  # ids are exact in fp64
+    winner = everyone[:, 0].argmax(0)  # vocabularies ascend with the rank, so the first of equals is lowest
+    return [int(i) for i in everyone[winner, 1, rows]]
 
 
 def _best(group: Group, vocab: range, k: int, scores: torch.Tensor, *carried: torch.Tensor) -> list[torch.Tensor]:
@@ -66,10 +79,7 @@ def _best(group: Group, vocab: range, k: int, scores: torch.Tensor, *carried: to
     Returns the scores, what `carried` (like scores, [B, len(vocab)]) has at their places, and last the token ids.
     """
     local_k = min(k, len(vocab))
-    if local_k == 1:
-        values, places = scores.max(1, keepdim=True)  # ten times faster than topk over a vocabulary
-    else:
-        values, places = scores.topk(local_k) if local_k else (scores, scores.long())
+    values, places = scores.topk(local_k) if local_k else (scores, scores.long())
     columns = [values, *(c.gather(1, places) for c in carried), places + vocab.start]
     mine = torch.full((len(columns), len(scores), k), -torch.inf, dtype=torch.float64)  # ids are exact in fp64
     for row, column in zip(mine, columns, strict=True):
