@@ -21,18 +21,15 @@ inline void quantise_row(const LinearArgs& args, const QuantisedRows& q, int64_t
   const float inverse = most > 0 ? range / most : 0;
   q.scales[row] = most / range;
   int8_t *first = q.digits + row * w.digits * q.k_padded, *second = first + q.k_padded;
-  int32_t whole[kLanes];
+  // A last part of a vector writes into the padding: k_padded is whole vectors.
   for (int64_t i = 0; i < w.k; i += kLanes) {
-    store_whole(whole, round(mul(load_n(x, i, w.k), broadcast(inverse))));
-    const int64_t n = std::min<int64_t>(kLanes, w.k - i);
-    for (int64_t j = 0; j < n; j++) {
-      if (w.digits == 1) {
-        first[i + j] = static_cast<int8_t>(whole[j]);
-      } else {
-        const int32_t high = (whole[j] + 64) >> 7;  // the low digit is in [-64, 63]
-        first[i + j] = static_cast<int8_t>(high);
-        second[i + j] = static_cast<int8_t>(whole[j] - high * 128);
-      }
+    const Whole whole = to_whole(mul(load_n(x, i, w.k), broadcast(inverse)));
+    if (w.digits == 1) {
+      store_bytes(first + i, whole);
+    } else {
+      const Whole high = shift_right<7>(add_whole(whole, broadcast_whole(64)));  // the low digit is in [-64, 63]
+      store_bytes(first + i, high);
+      store_bytes(second + i, sub_whole(whole, shift_left<7>(high)));
     }
   }
   for (int d = 0; d < w.digits; d++) {

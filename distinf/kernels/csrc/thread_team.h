@@ -46,9 +46,9 @@ class ThreadTeam {
   // Moves word on, and wakes those that went to sleep on it; no system call when nobody did.
   void change(std::atomic<uint32_t>& word);
 
-  // A team of one waits for nobody. 2000 pauses are about 20-70 us: longer than any gap between the
-  // operations of a step, shorter than a scheduler quantum.
-  static constexpr int kSpins = 2000;
+  // 5000 pauses are about 100-300 us: longer than the host's part of a decode step, so that workers are awake when
+  // the next one starts; shorter than a scheduler quantum.
+  static constexpr int kSpins = 5000;
 
   std::vector<std::thread> workers_;
   const Op* op_ = nullptr;

@@ -74,7 +74,20 @@ inline Whole high_nibbles(Whole x) { return low_nibbles(_mm512_srli_epi16(x, 4))
 inline Whole sub_whole(Whole a, Whole b) { return _mm512_sub_epi32(a, b); }
 inline Whole mul_whole(Whole a, Whole b) { return _mm512_mullo_epi32(a, b); }
 inline Vec to_vec(Whole x) { return _mm512_cvtepi32_ps(x); }
-inline void store_whole(int32_t* p, Vec v) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(v)); }
+inline Whole to_whole(Vec v) { return _mm512_cvtps_epi32(v); }
+inline Whole add_whole(Whole a, Whole b) { return _mm512_add_epi32(a, b); }
+template <int kBits>
+inline Whole shift_right(Whole x) {
+  return _mm512_srai_epi32(x, kBits);
+}
+template <int kBits>
+inline Whole shift_left(Whole x) {
+  return _mm512_slli_epi32(x, kBits);
+}
+// The lanes, each within int8, as bytes.
+inline void store_bytes(int8_t* p, Whole x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
 inline Whole broadcast_quad(const int8_t* p) {
   int32_t quad;
   std::memcpy(&quad, p, sizeof quad);
