@@ -65,8 +65,20 @@ inline Whole high_nibbles(Whole x) { return low_nibbles(_mm256_srli_epi16(x, 4))
 inline Whole sub_whole(Whole a, Whole b) { return _mm256_sub_epi32(a, b); }
 inline Whole mul_whole(Whole a, Whole b) { return _mm256_mullo_epi32(a, b); }
 inline Vec to_vec(Whole x) { return _mm256_cvtepi32_ps(x); }
-inline void store_whole(int32_t* p, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvtps_epi32(v));
+inline Whole to_whole(Vec v) { return _mm256_cvtps_epi32(v); }
+inline Whole add_whole(Whole a, Whole b) { return _mm256_add_epi32(a, b); }
+template <int kBits>
+inline Whole shift_right(Whole x) {
+  return _mm256_srai_epi32(x, kBits);
+}
+template <int kBits>
+inline Whole shift_left(Whole x) {
+  return _mm256_slli_epi32(x, kBits);
+}
+// The lanes, each within int8, as bytes.
+inline void store_bytes(int8_t* p, Whole x) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 inline Whole broadcast_quad(const int8_t* p) {
   int32_t quad;
