@@ -61,7 +61,7 @@ def report(args: argparse.Namespace, llm: LLM, runs: list[Completion], replay_ms
     group, kernels, weights = llm.group, llm.loaded.kernels, llm.loaded.weights
     rss = group.all_gather_object(round(peak_rss_mb(), 1))
     ceiling = measure_read_gb_s(kernels, group)
-    peak = sum(group.all_gather_object(kernels.measure_peak_tflops()))
+    peak = sum(group.all_gather_object(kernels.measure_peak_tops(int8=llm.run.dtype == "w8a8")))
     weight_bytes = sum(group.all_gather_object(weights.bytes_per_token))
     flops = sum(group.all_gather_object(weights.gemm_flops(args.batch * args.input_len, args.batch)))
     ttft = percentiles([1e3 * run.token_times_s[0] for run in runs])

@@ -3,7 +3,8 @@
     python perf/roofline.py [--threads 1,2]
 
 For each number of threads: read bandwidth (one contiguous prefetched run per thread, 2 MiB pages, far larger
-than the caches), and the bf16 peak of every instruction set found. Prints a table, then one JSON line.
+than the caches), and the bf16 and int8 peaks of every instruction set found, in 1e12 operations a second.
+Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def main() -> None:
     if not all(1 <= n <= len(cores) for n in counts):
         parser.error(f"--threads {args.threads}: expected numbers from 1 to {len(cores)}")
     rows = [measure(cores[:n], isas) for n in counts]
-    print(f"{'threads':>8} {'read GB/s':>10} " + " ".join(f"{isa + ' TFLOP/s':>20}" for isa in isas))
+    print(f"{'threads':>8} {'read GB/s':>10} " + " ".join(f"{isa + ' bf16 / int8':>24}" for isa in isas))
     for row in rows:
-        peaks = " ".join(f"{row['peak_tflops'][isa]:>20.3f}" for isa in isas)
+        peaks = " ".join(f"{row['bf16_tflops'][isa]:>15.3f} / {row['int8_tops'][isa]:.3f} " for isa in isas)
         print(f"{row['threads']:>8} {row['read_gb_s']:>10.1f} {peaks}")
     print(json.dumps({"cpu": native.cpu_name(), "rows": rows}))
 
@@ -42,7 +43,8 @@ def measure(cpus: list[int], isas: list[str]) -> dict[str, object]:
     return {
         "threads": len(cpus),
         "read_gb_s": round(max(measure_read_gb_s(k, SingleGroup()) for k in teams.values()), 2),
-        "peak_tflops": {isa: round(k.measure_peak_tflops(), 4) for isa, k in teams.items()},
+        "bf16_tflops": {isa: round(k.measure_peak_tops(int8=False), 4) for isa, k in teams.items()},
+        "int8_tops": {isa: round(k.measure_peak_tops(int8=True), 4) for isa, k in teams.items()},
     }
 
 

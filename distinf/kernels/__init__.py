@@ -109,8 +109,8 @@ class Kernels(Protocol):
     def read_probe(self) -> ReadProbe:
         """Memory of this rank to measure its read bandwidth on; freed with the object."""
 
-    def measure_peak_tflops(self) -> float:
-        """bf16 peak of this rank's threads with the instruction set in use, TFLOP/s."""
+    def measure_peak_tops(self, int8: bool) -> float:
+        """Peak of this rank's threads with the instruction set in use, 1e12 bf16 (or int8) operations a second."""
 
 
 @dataclass(frozen=True)

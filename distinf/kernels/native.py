@@ -210,8 +210,8 @@ class NativeKernels:
     def read_probe(self) -> Any:
         return _native.ReadProbe(self._rt)
 
-    def measure_peak_tflops(self) -> float:
-        return float(self._rt.peak_tflops(5))
+    def measure_peak_tops(self, int8: bool) -> float:
+        return self._rt.peak_tops(int8, 5)
 
 
 def _address(x: torch.Tensor | None) -> int:

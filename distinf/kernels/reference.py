@@ -114,7 +114,7 @@ class ReferenceKernels:
     def read_probe(self) -> TorchReadProbe:
         return TorchReadProbe()
 
-    def measure_peak_tflops(self) -> float:
+    def measure_peak_tops(self, int8: bool) -> float:
         a = torch.ones(1024, 1024, dtype=self.act_dtype)
         return max(2 * 1024**3 / _seconds(lambda: a @ a) / 1e12 for _ in range(5))
 

@@ -121,7 +121,7 @@ PYBIND11_MODULE(_native, m) {
       .def("attention", &attention)
       .def("silu_mul", &silu_mul)
       .def("embedding", &embedding)
-      .def("peak_tflops", &peak_tflops, py::arg("repeats"));
+      .def("peak_tops", &peak_tops, py::arg("int8"), py::arg("repeats"));
 
   py::class_<ReadProbe>(m, "ReadProbe")
       .def(py::init<Runtime&>(), py::keep_alive<1, 2>())

@@ -8,7 +8,8 @@ void linear_bf16_amx(const Worker& w, const LinearArgs& args);
 // linear_quantised of KernelTable on AMX tiles.
 void linear_quantised_amx(const Worker& w, const LinearArgs& args);
 
-// peak_bf16 of KernelTable on tiles.
+// peak_bf16 and peak_int8 of KernelTable on tiles.
 double peak_bf16_amx(int64_t iterations, float* sink);
+double peak_int8_amx(int64_t iterations, float* sink);
 
 }  // namespace distinf

@@ -140,4 +140,19 @@ void linear_quantised_amx(const Worker& w, const LinearArgs& args) {
   _tile_release();
 }
 
+double peak_int8_amx(int64_t iterations, float* sink) {
+  configure_tiles(kTileRows, kTileRows, kQuantisedDepth);
+  for (int64_t i = 0; i < iterations; i++) {  // the four products of multiply_group
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  alignas(64) int32_t c[kTileRows * 16];
+  _tile_stored(0, c, kRowBytes);
+  _tile_release();
+  *sink = static_cast<float>(c[0]);
+  return 2.0 * 4 * kTileRows * 16 * kQuantisedDepth * static_cast<double>(iterations);
+}
+
 }  // namespace distinf

@@ -20,6 +20,7 @@ KernelTable with_amx() {
   table.linear_bf16 = linear_bf16;
   table.linear_quantised = linear_quantised;
   table.peak_bf16 = peak_bf16_amx;
+  table.peak_int8 = peak_int8_amx;
   return table;
 }
 

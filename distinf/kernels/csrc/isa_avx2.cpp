@@ -26,6 +26,6 @@ namespace {
 namespace distinf {
 const KernelTable kAvx2Kernels = {
     avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::rope,      avx2::kv_append,
-    avx2::attention,   avx2::silu_mul,         avx2::embedding, avx2::peak_bf16,
+    avx2::attention,   avx2::silu_mul,         avx2::embedding, avx2::peak_bf16, avx2::peak_int8,
 };
 }  // namespace distinf

@@ -26,6 +26,6 @@ namespace {
 namespace distinf {
 const KernelTable kAvx512Kernels = {
     avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::rope,      avx512::kv_append,
-    avx512::attention,   avx512::silu_mul,         avx512::embedding, avx512::peak_bf16,
+    avx512::attention,   avx512::silu_mul,         avx512::embedding, avx512::peak_bf16, avx512::peak_int8,
 };
 }  // namespace distinf

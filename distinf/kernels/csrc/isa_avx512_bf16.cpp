@@ -26,8 +26,8 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Bf16Kernels = {
-    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,
-    avx512_bf16::rope,        avx512_bf16::kv_append,        avx512_bf16::attention,
-    avx512_bf16::silu_mul,    avx512_bf16::embedding,        avx512_bf16::peak_bf16,
+    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm, avx512_bf16::rope,
+    avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::silu_mul, avx512_bf16::embedding,
+    avx512_bf16::peak_bf16,   avx512_bf16::peak_int8,
 };
 }  // namespace distinf

@@ -68,6 +68,7 @@ struct KernelTable {
   void (*embedding)(const Worker&, const int32_t* ids, const bf16* table, float* out, int64_t rows, int64_t n);
   // bf16 multiply-adds on registers; returns the floating-point operations done.
   double (*peak_bf16)(int64_t iterations, float* sink);
+  double (*peak_int8)(int64_t iterations, float* sink);
 };
 
 extern const KernelTable kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;

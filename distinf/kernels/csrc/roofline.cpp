@@ -41,15 +41,15 @@ double ReadProbe::read_s() {
   return seconds(rt_.team, [this](const Worker& w) { sinks_[w.index * 8] += read_stream(w, data_, bytes_); });
 }
 
-double peak_tflops(Runtime& rt, int repeats) {
+double peak_tops(Runtime& rt, bool int8, int repeats) {
+  const auto kernel = int8 ? rt.kernels.peak_int8 : rt.kernels.peak_bf16;
   constexpr int64_t kIterations = 200000;  // tens of milliseconds: far above the cost of starting the team
   std::vector<float> sinks(rt.team.size() * 16);
   std::vector<double> flops(rt.team.size() * 8);
   double best = 0;
   for (int i = 0; i < repeats; i++) {
-    const double s = seconds(rt.team, [&](const Worker& w) {
-      flops[w.index * 8] = rt.kernels.peak_bf16(kIterations, &sinks[w.index * 16]);
-    });
+    const double s =
+        seconds(rt.team, [&](const Worker& w) { flops[w.index * 8] = kernel(kIterations, &sinks[w.index * 16]); });
     double total = 0;
     for (double f : flops) total += f;
     best = std::max(best, total / s / 1e12);

@@ -22,7 +22,7 @@ class ReadProbe {
   std::vector<uint64_t> sinks_;  // a cache line apart; keeps the loads from being dropped
 };
 
-// Best of repeats runs of the instruction set's bf16 multiply-adds on every thread, in TFLOP/s.
-double peak_tflops(Runtime& rt, int repeats);
+// Best of repeats runs of the instruction set's bf16 (or int8) multiply-adds on every thread, in 1e12 operations/s.
+double peak_tops(Runtime& rt, bool int8, int repeats);
 
 }  // namespace distinf
