@@ -11,7 +11,7 @@ inline T opaque(T x) {
 // Returns the floating-point operations done; sink keeps the compiler from dropping them.
 double peak_bf16(int64_t iterations, float* sink) {
   static const bf16 zeros[2 * kLanes] = {};
-  const Pairs a = load_pairs(zeros);
+  const Pairs a = opaque(load_pairs(zeros));
   Vec acc[kChains];
   for (Vec& v : acc) v = zero();
   for (int64_t i = 0; i < iterations; i++) {
@@ -27,7 +27,7 @@ double peak_bf16(int64_t iterations, float* sink) {
 // The same for int8 products with int32 sums.
 double peak_int8(int64_t iterations, float* sink) {
   static const uint8_t zeros[4 * kLanes] = {};
-  const Whole a = load_bytes(zeros);
+  const Whole a = opaque(load_bytes(zeros));
   Whole acc[kChains];
   for (Whole& v : acc) v = zero_whole();
   for (int64_t i = 0; i < iterations; i++) {
