@@ -41,8 +41,8 @@ inline QuantisedRows quantised_rows(const Weight& w, int64_t rows, char* memory)
 constexpr int64_t kPrivateRows = 2;
 
 // Scratch of one quantised linear over `rows` rows by `workers`.
-inline int64_t scratch_bytes(const Weight& w, int64_t rows, int workers) {
-  return w.bits == 16 ? 0 : quantised_rows_bytes(w, rows) * (rows <= kPrivateRows ? workers : 1);
+inline int64_t quantised_scratch_bytes(const Weight& w, int64_t rows, int workers) {
+  return quantised_rows_bytes(w, rows) * (rows <= kPrivateRows ? workers : 1);
 }
 
 }  // namespace distinf

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "activations.h"
+#include "gemm_amx.h"
 #include "pack.h"
 #include "roofline.h"
 #include "runtime.h"
@@ -29,7 +30,9 @@ Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_
 
 void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
             int64_t out_stride, bool out_fp32, int64_t m) {
-  rt.reserve_scratch(scratch_bytes(weight, m, rt.team.size()));
+  const int workers = rt.team.size();
+  rt.reserve_scratch(weight.bits == 16 ? amx_scratch_bytes(weight, workers)
+                                       : quantised_scratch_bytes(weight, m, workers));
   const LinearArgs args{at<const bf16>(x), x_stride, weight, at<const float>(bias), at<void>(out), out_stride,
                         out_fp32,          m,        nullptr};
   const auto kernel = weight.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised;

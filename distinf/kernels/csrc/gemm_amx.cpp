@@ -1,25 +1,43 @@
 // bf16 GEMM on AMX tiles: the packed panels of the vector kernels are read as two B tiles per 32 rows of K.
+//
+// Loop order, outside in: chunks of rows, chunks of K, this worker's panels, blocks of 32 rows. A chunk of x (rows x
+// K) stays in the L2 cache while all panels pass by, and a panel's part stays near while the row blocks do, so weights come
+// from memory once for each chunk of rows. Partial sums of a chunk of K wait in scratch.
+#include "gemm_amx.h"
+
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
 
 #include "amx_tiles.h"
-#include "gemm_amx.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")
 
 namespace distinf {
 namespace {
 
+constexpr int64_t kBlockRows = 2 * kTileRows;
+// 256 rows x 2048 of K in bf16 are 1 MiB: half of the L2 cache of the CPUs that have AMX. A panel's part (128 KiB)
+// is then read for 8 row blocks of 4096 tile cycles each: 4 bytes a cycle, within one core's share of the memory.
+constexpr int64_t kChunkRows = 256;
+constexpr int64_t kChunkDepth = 2048;
+
+// A range of K, and up to 256 rows of x.
+struct Chunk {
+  int64_t row, rows;
+  int64_t k, depth;
+  bool first, last;  // of the chunks of K
+};
+
 // The last, partial 32 columns of x, with zeros behind them: a tile load would run past the row.
 struct Tail {
-  alignas(64) bf16 rows[2 * kTileRows][kDepth];
+  alignas(64) bf16 rows[kBlockRows][kDepth];
 
-  Tail(const LinearArgs& args, int64_t row, int64_t rows_used) {
+  Tail(const LinearArgs& args, int64_t row, int64_t count) {
     const int64_t from = args.w.k / kDepth * kDepth;
     std::memset(rows, 0, sizeof rows);
-    for (int64_t r = 0; r < rows_used; r++) {
+    for (int64_t r = 0; r < count; r++) {
       std::memcpy(rows[r], args.x + (row + r) * args.x_stride + from, (args.w.k - from) * sizeof(bf16));
     }
     // gcc 12's _tile_loadd declares no memory input: without this the copies above could be dropped.
@@ -42,19 +60,39 @@ inline void multiply(const bf16* x, int64_t stride_bytes, const bf16* w) {
   }
 }
 
-// c[2 * kTileRows][kPanel] = up to 32 rows of x times one panel.
 template <bool kTwo>
-inline void tile_block(const LinearArgs& args, const bf16* w, int64_t row, const Tail* tail, float* c) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTwo) {
-    _tile_zero(2);
-    _tile_zero(3);
+inline void load_or_zero(const float* c, bool zero) {
+  constexpr int64_t kStride = kPanel * sizeof(float);
+  if (zero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    return;
   }
-  const bf16* x = args.x + row * args.x_stride;
+  asm volatile("" ::"r"(c) : "memory");
+  _tile_loadd(0, c, kStride);
+  _tile_loadd(1, c + kTileRows, kStride);
+  if constexpr (kTwo) {
+    _tile_loadd(2, c + kTileRows * kPanel, kStride);
+    _tile_loadd(3, c + kTileRows * kPanel + kTileRows, kStride);
+  }
+}
+
+// c[32][kPanel] (+)= up to 32 rows of x times a chunk of K of one panel.
+template <bool kTwo>
+inline void tile_block(const LinearArgs& args, const Chunk& chunk, int64_t row, const bf16* w, float* c) {
   const int64_t stride_bytes = args.x_stride * sizeof(bf16);
-  for (int64_t k = 0; k + kDepth <= args.w.k; k += kDepth) multiply<kTwo>(x + k, stride_bytes, w + k * kPanel);
-  if (tail) multiply<kTwo>(tail->rows[0], kRowBytes, w + args.w.k / kDepth * kDepth * kPanel);
+  const bf16* x = args.x + row * args.x_stride + chunk.k;
+  const int64_t whole = chunk.depth / kDepth * kDepth;
+  load_or_zero<kTwo>(c, chunk.first);
+  for (int64_t k = 0; k < whole; k += kDepth) multiply<kTwo>(x + k, stride_bytes, w + k * kPanel);
+  if (whole < chunk.depth) {
+    const Tail tail(args, row, std::min(kBlockRows, chunk.row + chunk.rows - row));
+    multiply<kTwo>(tail.rows[0], kRowBytes, w + whole * kPanel);
+  }
   constexpr int64_t kStride = kPanel * sizeof(float);
   _tile_stored(0, c, kStride);
   _tile_stored(1, c + kTileRows, kStride);
@@ -79,29 +117,47 @@ void store(const LinearArgs& args, const float* c, int64_t row, int64_t rows, in
   }
 }
 
-void row_block(const Worker& w, const LinearArgs& args, int64_t row, int64_t rows) {
-  const int64_t first = std::min(rows, kTileRows), second = rows - first;
-  const Tail tail(args, row, args.w.k % kDepth ? rows : 0);
-  const Tail* tail_used = args.w.k % kDepth ? &tail : nullptr;
-  const int64_t panels = args.w.panels();
-  alignas(64) float c[2 * kTileRows * kPanel];
-  configure_tiles(first, second, kRowBytes);
-  for (int64_t panel = w.begin(panels); panel < w.end(panels); panel++) {
-    const auto* weights = reinterpret_cast<const bf16*>(args.w.panel(panel));
-    if (second) {
-      tile_block<true>(args, weights, row, tail_used, c);
-    } else {
-      tile_block<false>(args, weights, row, tail_used, c);
-    }
-    store(args, c, row, rows, panel * kPanel);
+// Tile shapes of a row block; configuring clears the tiles, so it is done only when the rows change.
+void configure_rows(int64_t rows, int64_t* configured) {
+  if (rows == *configured) return;
+  configure_tiles(std::min(rows, kTileRows), std::max<int64_t>(rows - kTileRows, 0), kRowBytes);
+  *configured = rows;
+}
+
+// All row blocks of a chunk against one panel; sums[chunk rows][kPanel] carries them from one chunk of K to the next.
+void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, float* sums, int64_t* configured) {
+  const auto* w = reinterpret_cast<const bf16*>(args.w.panel(panel)) + chunk.k * kPanel;
+  for (int64_t r = 0; r < chunk.rows; r += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, chunk.rows - r), row = chunk.row + r;
+    float* c = sums + r * kPanel;
+    configure_rows(rows, configured);
+    rows > kTileRows ? tile_block<true>(args, chunk, row, w, c) : tile_block<false>(args, chunk, row, w, c);
+    if (chunk.last) store(args, c, row, rows, panel * kPanel);
   }
 }
 
 }  // namespace
 
+int64_t amx_scratch_bytes(const Weight& w, int workers) {
+  const int64_t panels = (w.panels() + workers - 1) / workers;
+  // Without a second chunk of K the sums of a panel are stored before the next one starts.
+  return workers * (w.k > kChunkDepth ? panels : 1) * kChunkRows * kPanel * static_cast<int64_t>(sizeof(float));
+}
+
 void linear_bf16_amx(const Worker& w, const LinearArgs& args) {
-  for (int64_t row = 0; row < args.m; row += 2 * kTileRows) {
-    row_block(w, args, row, std::min(2 * kTileRows, args.m - row));
+  const int64_t first = w.begin(args.w.panels()), last = w.end(args.w.panels());
+  constexpr int64_t kPanelSums = kChunkRows * kPanel;
+  float* sums = reinterpret_cast<float*>(args.scratch + w.index * (amx_scratch_bytes(args.w, w.count) / w.count));
+  int64_t configured = 0;
+  for (int64_t row = 0; row < args.m; row += kChunkRows) {
+    for (int64_t k = 0; k < args.w.k; k += kChunkDepth) {
+      const int64_t depth = std::min(kChunkDepth, args.w.k - k);
+      const Chunk chunk{row, std::min(kChunkRows, args.m - row), k, depth, k == 0, k + depth == args.w.k};
+      for (int64_t panel = first; panel < last; panel++) {
+        float* panel_sums = sums + (args.w.k > kChunkDepth ? panel - first : 0) * kPanelSums;
+        panel_chunk(args, chunk, panel, panel_sums, &configured);
+      }
+    }
   }
   _tile_release();
 }

@@ -5,6 +5,9 @@ namespace distinf {
 
 // linear_bf16 of KernelTable on AMX tiles. The caller has checked isa_available(Isa::kAmx).
 void linear_bf16_amx(const Worker& w, const LinearArgs& args);
+// Scratch that it needs for any number of rows.
+int64_t amx_scratch_bytes(const Weight& w, int workers);
+
 // linear_quantised of KernelTable on AMX tiles.
 void linear_quantised_amx(const Worker& w, const LinearArgs& args);
 

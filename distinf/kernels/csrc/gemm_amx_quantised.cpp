@@ -31,8 +31,8 @@ struct Block {
   int64_t stride_bytes;  // between rows of x
 };
 
-Block block_at(const LinearArgs& args, const QuantisedRows& q, int64_t row) {
-  const int64_t left = args.m - row, stride = args.w.digits * q.k_padded;
+Block block_at(const LinearArgs& args, const QuantisedRows& q, int64_t row, int64_t end) {
+  const int64_t left = end - row, stride = args.w.digits * q.k_padded;
   const int64_t first = std::min(left, kTileRows);
   const int8_t* a = q.digit(args.w, row, 0);
   if (args.w.digits == 2) return {row, {first, first}, {a, a + q.k_padded}, stride};
@@ -130,11 +130,21 @@ void linear_quantised_amx(const Worker& w, const LinearArgs& args) {
   const QuantisedRows q = quantise(w, args);
   const int64_t depth = std::min(args.w.group_rows(), kQuantisedDepth);
   const int64_t rows_at_once = args.w.digits == 2 ? kTileRows : 2 * kTileRows;
-  for (int64_t row = 0; row < args.m; row += rows_at_once) {
-    const Block block = block_at(args, q, row);
-    configure_tiles(block.rows[0], block.rows[1], depth);
+  // Rows whose digits fill about half of the L2 cache stay there while all panels pass by.
+  const int64_t row_bytes = args.w.digits * q.k_padded;
+  const int64_t chunk_rows = std::max<int64_t>(rows_at_once, (1 << 20) / row_bytes / rows_at_once * rows_at_once);
+  int64_t configured = 0;
+  for (int64_t chunk = 0; chunk < args.m; chunk += chunk_rows) {
+    const int64_t end = std::min(chunk + chunk_rows, args.m);
     for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {
-      panel_block(args, q, block, panel);
+      for (int64_t row = chunk; row < end; row += rows_at_once) {
+        const Block block = block_at(args, q, row, end);
+        if (configured != block.rows[0] * kQuantisedDepth + block.rows[1]) {  // configuring clears the tiles
+          configure_tiles(block.rows[0], block.rows[1], depth);
+          configured = block.rows[0] * kQuantisedDepth + block.rows[1];
+        }
+        panel_block(args, q, block, panel);
+      }
     }
   }
   _tile_release();

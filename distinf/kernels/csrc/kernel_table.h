@@ -18,7 +18,7 @@ struct LinearArgs {
   int64_t out_stride;
   bool out_fp32;
   int64_t m;
-  char* scratch;  // scratch_bytes(w, m), for quantised rows of x
+  char* scratch;  // 64-byte aligned; quantised rows of x, or partial sums
 };
 
 // Which rows of a step belong to which sequence, and where their keys and values lie.
