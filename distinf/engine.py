@@ -12,7 +12,7 @@ from distinf.comm import Group
 from distinf.kernels import Kernels, Step
 from distinf.kv_cache import KVCache
 from distinf.models import Model
-from distinf.sampling import SamplingParams, sample
+from distinf.sampling import SamplingParams, log_probs, sample
 
 # Rows of a prompt that go through the model together: enough to keep a GEMM compute-bound, few enough that
 # the widest activation (2 * ffn bf16) of a large model stays in the tens of megabytes.
@@ -127,8 +127,20 @@ class Engine:
         self.replay_s = [s for decoder in decoders.values() for s in decoder.replay_s]
         return sequences
 
-    def prefill(self, sequences: list[Sequence], cache: KVCache) -> torch.Tensor:
-        """Run the prompts, PREFILL_ROWS tokens of them at a time; logits of each last token, [B, vocab_local]."""
+    def score(self, ids: list[int]) -> torch.Tensor:
+        """Natural log of the probability of each token of `ids` after those before it: fp64 [len(ids) - 1].
+
+        The same on every rank. The caller has called `check`; nothing is generated.
+        """
+        context = [Sequence(0, ids[:-1])]
+        logits = self.prefill(context, self.new_cache([len(ids) - 1]), all_rows=True)
+        return log_probs(logits, self._model.shard.vocab, ids[1:], self._group)
+
+    def prefill(self, sequences: list[Sequence], cache: KVCache, all_rows: bool = False) -> torch.Tensor:
+        """Run the prompts, PREFILL_ROWS tokens of them at a time; logits of each last token, [B, vocab_local].
+
+        With `all_rows` logits of every token, [T, vocab_local]: the caller has room for them.
+        """
         ids = torch.tensor([t for s in sequences for t in s.prompt], dtype=torch.int32)
         sequence = torch.tensor([s.index for s in sequences for _ in s.prompt], dtype=torch.int32)
         positions = torch.tensor([p for s in sequences for p in range(len(s.prompt))], dtype=torch.int32)
@@ -137,6 +149,8 @@ class Engine:
         for start in range(0, len(ids), PREFILL_ROWS):
             rows = slice(start, start + PREFILL_ROWS)
             last = ends[(ends >= start) & (ends < start + PREFILL_ROWS)] - start
+            if all_rows:
+                last = torch.arange(len(ids[rows]))
             logits.append(self._forward(ids[rows], positions[rows], sequence[rows], cache, last))
         return torch.cat(logits)
 

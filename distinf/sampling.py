@@ -73,6 +73,21 @@ def _argmax(scores: torch.Tensor, vocab: range, group: Group) -> list[int]:
     return [int(i) for i in everyone[winner, 1, rows]]
 
 
+def log_probs(logits: torch.Tensor, vocab: range, tokens: list[int], group: Group) -> torch.Tensor:
+    """Natural log of the probability that each row gives its token: fp64 [B], the same on every rank.
+
+    logits fp32 [B, len(vocab)] are this rank's rows of the vocabulary; two numbers of each row travel, its
+    log-sum-exp here and the token's logit from the rank that holds it.
+    """
+    places = torch.tensor(tokens) - vocab.start
+    here = (places >= 0) & (places < len(vocab))
+    mine = torch.full((2, len(logits)), -torch.inf, dtype=torch.float64)
+    mine[0] = logits.logsumexp(1)
+    mine[1, here] = logits[here, places[here]].double()
+    totals, chosen = group.all_gather(mine).unbind(1)
+    return chosen.amax(0) - totals.logsumexp(0)
+
+
 def _best(group: Group, vocab: range, k: int, scores: torch.Tensor, *carried: torch.Tensor) -> list[torch.Tensor]:
     """The k best scores of all ranks [B, k], best first and the lower id first on a tie.
 

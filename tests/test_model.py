@@ -142,6 +142,21 @@ def test_groups_that_do_not_divide_are_refused_before_reading(tiny_llama: Path) 
         LLM(str(tiny_llama), dtype="int8", head_dtype="fp32")
 
 
+def test_scores_equal_transformers(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log probability is a logit less a log-sum-exp; neither errs by more than the worst logit does."""
+    ids = torch.tensor([prompt_of(300)])
+    with torch.no_grad():
+        oracle = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)(ids, labels=ids)
+    expected = oracle.logits[0, :-1].double().log_softmax(1).gather(1, ids[0, 1:, None])[:, 0]
+    tolerance = 2 * FP32_RTOL * float(oracle.logits.abs().max())
+    engine = LLM(str(tiny_llama), dtype="fp32").engine
+    for rows in (1024, 48):
+        monkeypatch.setattr("distinf.engine.PREFILL_ROWS", rows)
+        scores = engine.score(ids[0].tolist())
+        torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
+        assert abs(-float(scores.mean()) - float(oracle.loss)) < tolerance
+
+
 def test_stops_at_the_end_of_sequence_and_at_the_length(tiny_llama: Path) -> None:
     llm = LLM(str(tiny_llama), dtype="fp32")
     free = llm.generate([prompt_of(9)], SamplingParams(max_new_tokens=20, ignore_eos=True))[0]

@@ -47,6 +47,17 @@ def test_logits_equal_those_of_one_rank(group: Group, path: Path, dtype: str, rt
         torch.testing.assert_close(together, alone, rtol=0, atol=rtol * float(alone.abs().max()))
 
 
+def test_scores_equal_those_of_one_rank(group: Group, path: Path) -> None:
+    ids = PROMPTS[-1]
+    single = LLM(str(path), dtype="fp32", group=SingleGroup(), threads=1)
+    alone = single.engine.score(ids)
+    largest = float(last_logits(single, PROMPTS).abs().max())
+    for shares in SHARES.get(group.world_size, [None]):
+        together = LLM(str(path), dtype="fp32", shares=shares, group=group).engine.score(ids)
+        torch.testing.assert_close(together, alone, rtol=0, atol=2 * 2e-5 * largest)
+        assert all(torch.equal(other, together) for other in group.all_gather(together))
+
+
 @pytest.mark.parametrize(
     "params",
     [
