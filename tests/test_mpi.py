@@ -194,3 +194,15 @@ def test_latency_benchmark_prints_its_fields() -> None:
     assert result["model"] == "lab-1b" and result["world_size"] == 2 and len(result["peak_rss_mb"]) == 2
     layer = 2 * (2048 * (2048 + 2 * 512) + 2048 * 2048 + 3 * 2048 * 8192)
     assert result["weight_bytes_per_token"] == layer + 2 * 2048 * 49152
+
+
+def test_perplexity_is_the_same_on_two_ranks() -> None:
+    """A score errs by at most twice a logit, and SmolLM2's logits stay below 32: fp32 parts in 1e5 of that."""
+    flags = ("python", "perf/perplexity.py", "--tokens", 256, "--window", 128, "--dtype")
+    one = run(ranks(1, *flags, "bf16", "--against", "fp32")).result
+    two = run(ranks(2, *flags, "fp32")).result
+    assert one["tokens"] == two["tokens"] == 2 * 127 and one["against"]["dtype"] == "fp32"
+    assert two["loss"] == pytest.approx(one["against"]["loss"], abs=2 * 2e-5 * 32)
+    assert one["increase_percent"] == pytest.approx(
+        100 * (one["perplexity"] / one["against"]["perplexity"] - 1), abs=1e-3
+    )

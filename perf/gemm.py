@@ -1,0 +1,436 @@
+"""Our matrix multiplication beside torch's (oneDNN's) bf16 `linear`, over the shapes of a model.
+
+    python perf/gemm.py --config perf/models/lab-1b.json --dtypes bf16,int8
+    python perf/gemm.py --config perf/models/qwen2-72b.json --tp 8 --rows 1,16,1024 --isa avx512
+
+Every contender, one for each dtype and one for torch, is a process of its own with the same number of threads,
+pinned to the same cores: neither can disturb the other's thread pool, and only one of them works at a time. They
+take turns, A B A B, and each turn goes through all the linears of a model (--num-layers of them, and the head) in
+order, timing each: when a weight's turn comes again, more than four times the last-level cache has gone by.
+At --rows of 128 and more, where weights are reused and a turn is long, two layers and the head are enough.
+Outputs are bf16, without bias. Freed memory stays in the process, so no output is written to fresh pages.
+
+--isa caps both: ours is forced to it, and oneDNN gets ONEDNN_MAX_CPU_ISA. What ran is reported: the instruction
+set of ours, oneDNN's implementation (or that torch did not use oneDNN), and the cores that were busy.
+
+Prints a table of medians (GB/s are of weights; `read` and `peak` are shares of the read bandwidth and of the bf16
+peak that our kernels measure in this run; `ratio` is torch's time over ours), then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distinf import topology
+from distinf.cli import add_model_arguments, load_llm, run_ranks
+from distinf.comm import Group, InputError
+from distinf.comm.single import SingleGroup
+from distinf.kernels import native
+from distinf.models import family
+from distinf.stats import measure_read_gb_s
+from distinf.weights.hf_config import read_config_json
+
+LAB = Path(__file__).parent / "models/lab-1b.json"
+MANY_ROWS = 128
+TURN_S = 0.2  # a turn repeats short passes for this long
+CAPS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
+}
+# glibc: big blocks from the heap, and the heap is kept. Fresh pages for each output would be timed otherwise.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--dtypes", metavar="D,D,...", help="weights of ours, one after the other (default: --dtype)")
+    parser.add_argument("--rows", default="1,4,8,16,32,128,512,2048", help="(default: %(default)s)")
+    parser.add_argument("--tp", type=int, default=1, help="shapes of one of so many ranks (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)")
+    parser.set_defaults(run=measure, load_format="dummy", config=str(LAB))
+    run_ranks(parser)
+
+
+def measure(args: argparse.Namespace, group: Group) -> None:
+    """Start the contenders, let them take turns, and report."""
+    rows, cores = checked(args, group)
+    dtypes = (args.dtypes or args.dtype).split(",")
+    args.num_layers = args.num_layers or layers_past_the_cache(args)
+    plain = {name: value for name, value in vars(args).items() if name != "run"}
+    ours = {d: Contender(d, Ours, argparse.Namespace(**{**plain, "dtype": d}), KEEP_MEMORY) for d in dtypes}
+    lead = ours[dtypes[0]]
+    environment = KEEP_MEMORY | torch_environment(args.isa, cores)
+    rival = Contender("torch", Torch, (lead.ask("shapes"), len(cores)), environment)
+    timed: list[dict[str, Any]] = []
+    read_gb_s = peak_tflops = 0.0
+    for n in rows:
+        now = lead.ask("ceilings")
+        read_gb_s, peak_tflops = max(read_gb_s, now[0]), max(peak_tflops, now[1])
+        timed += compare(n, ours, rival, args.rounds)
+    cases = [rates(case, read_gb_s, peak_tflops) for case in timed]
+    result = {
+        "config": Path(args.config).stem,
+        "tp": args.tp,
+        "num_layers": args.num_layers,
+        "threads": len(cores),
+        "isa": {d: ours[d].ask("isa") for d in dtypes},
+        "cpu": native.cpu_name(),
+        "read_gb_s": round(read_gb_s, 2),
+        "peak_tflops": round(peak_tflops, 4),
+        "torch": torch.__version__,
+        "torch_environment": environment,
+        "busy_cores": {name: c.ask("busy_cores") for name, c in [*ours.items(), ("torch", rival)]},
+        "ratio": {d: summary([case for case in cases if case["dtype"] == d]) for d in dtypes},
+        "cases": cases,
+    }
+    print(table(result))
+    print(json.dumps(result), flush=True)
+
+
+def checked(args: argparse.Namespace, group: Group) -> tuple[list[int], tuple[int, ...]]:
+    """Rows, and the cores to use. Raises InputError for flags that cannot be run."""
+    if group.world_size > 1:
+        raise InputError("perf/gemm.py runs without a launcher; --tp gives the shapes of one of several ranks")
+    try:
+        rows = [int(n) for n in args.rows.split(",")]
+    except ValueError:
+        rows = [0]
+    if min(rows) < 1:
+        raise InputError(f"--rows {args.rows!r}: expected numbers of 1 or more, such as 1,16,512")
+    for flag in ("tp", "rounds"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
+    cores, _ = topology.place([topology.allowed_cores()], 0, args.threads)
+    if -1 in cores:
+        raise InputError(f"--threads {args.threads}: this process has {len(topology.allowed_cores())} cores")
+    return rows, cores
+
+
+def layers_past_the_cache(args: argparse.Namespace) -> int:
+    """Layers whose weights, at half a byte an element, are four times the last-level cache."""
+    try:
+        config = read_config_json(Path(args.config))
+        known = family(str(config["model_type"]))
+        params = known.params(known.config_from_hf(config))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+    layer = [p for p in params if p.kind == "linear" and p.name.startswith("layers.0.")]
+    elements = sum(math.prod(source.shape) for p in layer for source in p.sources)
+    layers: int = math.ceil(4 * last_level_cache_bytes() * 2 * args.tp / elements)
+    return max(2, layers)
+
+
+def last_level_cache_bytes() -> int:
+    """As the kernel has it; 64 MiB where it says nothing."""
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kib: int = max((int(f.read_text().strip().removesuffix("K")) for f in caches), default=64 << 10)
+    return kib << 10
+
+
+def torch_environment(isa: str, cores: tuple[int, ...]) -> dict[str, str]:
+    """Pins torch's threads, and caps it at the instruction set that `--isa` forces on ours."""
+    try:
+        cap = {} if isa == "auto" else CAPS[native.resolve_isa(isa)]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return {"OMP_NUM_THREADS": str(len(cores)), "GOMP_CPU_AFFINITY": " ".join(map(str, cores)), **cap}
+
+
+def compare(rows: int, ours: dict[str, Contender], rival: Contender, rounds: int) -> list[dict[str, Any]]:
+    """One case for each dtype and layer at so many rows: medians over all turns but a first one."""
+    contenders = [*ours.values(), rival]
+    implementations = rival.ask("implementations", rows)
+    times: dict[str, dict[str, list[float]]] = {c.name: defaultdict(list) for c in contenders}
+    for turn in range(-1, rounds):
+        for contender in contenders:
+            time.sleep(0.01)  # until the threads of the one before have stopped spinning
+            for layer, values in contender.ask("turn", rows).items():
+                times[contender.name][layer] += values if turn >= 0 else []
+    medians = {name: {layer: statistics.median(v) for layer, v in t.items()} for name, t in times.items()}
+    return [
+        {
+            "dtype": dtype,
+            "rows": rows,
+            **weight,
+            "us": round(medians[dtype][weight["layer"]], 2),
+            "torch_us": round(medians[rival.name][weight["layer"]], 2),
+            "torch_runs": implementations[weight["layer"]],
+        }
+        for dtype, contender in ours.items()
+        for weight in contender.ask("layers")
+    ]
+
+
+def rates(case: dict[str, Any], read_gb_s: float, peak_tflops: float) -> dict[str, Any]:
+    """A case with what its time means."""
+    gb_s = case["weight_bytes"] / case["us"] / 1e3
+    tflops = 2 * case["rows"] * case["n"] * case["k"] / case["us"] / 1e6
+    return {
+        **case,
+        "gb_s": round(gb_s, 2),
+        "read_fraction": round(gb_s / read_gb_s, 4),
+        "tflops": round(tflops, 4),
+        "peak_fraction": round(tflops / peak_tflops, 4),
+        "ratio": round(case["torch_us"] / case["us"], 3),
+    }
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geometric mean and worst of the ratios to torch, at many rows and at few."""
+    many = [case["ratio"] for case in cases if case["rows"] >= MANY_ROWS]
+    few = [case["ratio"] for case in cases if case["rows"] < MANY_ROWS]
+    return {
+        f"{name}_{what}": round(figure(values), 3) if values else None
+        for name, values in (("many_rows", many), ("few_rows", few))
+        for what, figure in (("geomean", statistics.geometric_mean), ("worst", min))
+    }
+
+
+def table(r: dict[str, Any]) -> str:
+    """The figures for a person."""
+    lines = [
+        f"{r['config']}, tp {r['tp']}, {r['num_layers']} layers; {r['threads']} threads; "
+        f"{r['read_gb_s']:.1f} GB/s read, {r['peak_tflops']:.3f} TFLOP/s bf16 peak; torch {r['torch']}",
+        "cores busy: " + "; ".join(f"{name} {', '.join(map(str, c))}" for name, c in r["busy_cores"].items()),
+        f"{'rows':>5} {'layer':<8} {'n':>6} {'k':>6} {'dtype':<6} {'us':>10} {'GB/s':>7} {'read':>5} {'TFLOP/s':>8} "
+        f"{'peak':>5} {'torch us':>10} {'ratio':>6}  torch ran",
+    ]
+    lines += [
+        f"{c['rows']:>5} {c['layer']:<8} {c['n']:>6} {c['k']:>6} {c['dtype']:<6} {c['us']:>10.1f} {c['gb_s']:>7.2f} "
+        f"{c['read_fraction']:>5.2f} {c['tflops']:>8.3f} {c['peak_fraction']:>5.2f} {c['torch_us']:>10.1f} "
+        f"{c['ratio']:>6.2f}  {c['torch_runs']}"
+        for c in r["cases"]
+    ]
+    for dtype, ratio in r["ratio"].items():
+        for name, label in (("many_rows", f"{MANY_ROWS} rows and more"), ("few_rows", f"fewer than {MANY_ROWS} rows")):
+            if ratio[f"{name}_geomean"] is not None:
+                mean, worst = ratio[f"{name}_geomean"], ratio[f"{name}_worst"]
+                lines.append(f"{dtype} ({r['isa'][dtype]}) over torch bf16, {label}: {mean:.2f}x, worst {worst:.2f}x")
+    return "\n".join(lines)
+
+
+# ---- The contenders' processes ----
+
+
+class Contender:
+    """A process that holds an object of one of the classes below and answers for it."""
+
+    def __init__(self, name: str, kind: Callable[[Any], object], argument: object, variables: dict[str, str]) -> None:
+        """Start it with these environment variables and wait until it is ready."""
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        with environment(variables):
+            context.Process(target=serve, args=(theirs, kind, argument), daemon=True).start()
+        theirs.close()
+        self._answer()
+
+    def ask(self, method: str, *arguments: object) -> Any:
+        """Call a method there."""
+        self._pipe.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            mistake, answer = self._pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process that times {self.name} has ended") from None
+        if mistake:
+            raise InputError(answer)
+        return answer
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """os.environ with these set."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def serve(pipe: Connection, kind: Callable[[Any], object], argument: object) -> None:
+    """A contender's process: make the object, then answer until the pipe is closed."""
+    try:
+        held = kind(argument)
+    except ValueError as error:
+        pipe.send((True, str(error)))
+        return
+    pipe.send((False, None))
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send((False, getattr(held, method)(*arguments)))
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One weight and how to multiply by it."""
+
+    layer: str  # qkv, o, ...
+    n: int
+    k: int
+    weight_bytes: int
+    run: Callable[[torch.Tensor], object]
+
+
+class Linears:
+    """Weights in the order of a forward pass."""
+
+    def __init__(self, gemms: list[Gemm], act_dtype: torch.dtype) -> None:
+        self.gemms = gemms
+        self._act_dtype = act_dtype
+        self._busy: set[int] = set()
+
+    def shapes(self) -> list[tuple[str, int, int]]:
+        """Layer, n and k of every weight, in order."""
+        return [(g.layer, g.n, g.k) for g in self.gemms]
+
+    def layers(self) -> list[dict[str, Any]]:
+        """What one weight of each layer is."""
+        return [
+            {"layer": g.layer, "n": g.n, "k": g.k, "weight_bytes": g.weight_bytes} for g in first_of_each(self.gemms, 1)
+        ]
+
+    def inputs(self, rows: int) -> dict[int, torch.Tensor]:
+        """An input for each k."""
+        return {k: torch.randn(rows, k).to(self._act_dtype) for k in {g.k for g in self.gemms}}
+
+    def turn(self, rows: int) -> dict[str, list[float]]:
+        """Passes over the weights for TURN_S, at least one: microseconds of each call by layer."""
+        gemms = self.gemms if rows < MANY_ROWS else first_of_each(self.gemms, 2)
+        x = self.inputs(rows)
+        times: dict[str, list[float]] = defaultdict(list)
+        start, before = time.perf_counter(), thread_seconds()
+        while not times or time.perf_counter() - start < TURN_S:
+            for gemm in gemms:
+                began = time.perf_counter()
+                gemm.run(x[gemm.k])
+                times[gemm.layer].append(1e6 * (time.perf_counter() - began))
+        quarter = (time.perf_counter() - start) / 4
+        ran = {thread: s - before.get(thread, (0.0, 0))[0] for thread, (s, _) in thread_seconds().items()}
+        self._busy |= {core for thread, (_, core) in thread_seconds().items() if ran.get(thread, 0.0) > quarter}
+        return dict(times)
+
+    def busy_cores(self) -> list[int]:
+        """Cores where a thread ran for more than a quarter of a turn."""
+        return sorted(self._busy)
+
+
+def first_of_each(gemms: list[Gemm], count: int) -> list[Gemm]:
+    """The first `count` weights of each layer, in order."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for gemm in gemms:
+        seen[gemm.layer] += 1
+        if seen[gemm.layer] <= count:
+            chosen.append(gemm)
+    return chosen
+
+
+def thread_seconds() -> dict[str, tuple[float, int]]:
+    """CPU time of every thread of this process so far, and the core where it last ran."""
+    found = {}
+    for path in Path("/proc/self/task").glob("*/stat"):
+        fields = path.read_text().rpartition(")")[2].split()  # from field 3 of proc(5), the state
+        ticks, core = int(fields[11]) + int(fields[12]), int(fields[36])
+        found[path.parent.name] = (ticks / os.sysconf("SC_CLK_TCK"), core)
+    return found
+
+
+class Ours(Linears):
+    """Rank 0's weights of the model that the flags describe."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._llm = load_llm(args, OneOfMany(args.tp))  # kept: it owns what the kernels read
+        self._kernels = kernels = self._llm.loaded.kernels
+
+        def gemm(name: str, weight: Any) -> Gemm:
+            layer = name.rpartition(".")[2]
+            return Gemm(layer, weight.n, weight.k, weight.nbytes, lambda x: kernels.linear(x, weight))
+
+        weights = {name: linear.weight for name, linear in self._llm.loaded.weights.linears.items()}
+        weights["head"] = weights.pop("head")  # to the end
+        super().__init__([gemm(*item) for item in weights.items()], kernels.act_dtype)
+
+    def isa(self) -> str:
+        """What the kernels run."""
+        return self._kernels.isa
+
+    def ceilings(self) -> tuple[float, float]:
+        """Read bandwidth, GB/s, and bf16 peak, TFLOP/s."""
+        return measure_read_gb_s(self._kernels, SingleGroup()), self._kernels.measure_peak_tflops()
+
+
+class OneOfMany(SingleGroup):
+    """Rank 0 of `world_size` ranks that all say what it says: for loading its shard, not for computing with it."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+    def all_gather_object(self, x: Any) -> list[Any]:
+        return [x] * self.world_size
+
+
+class Torch(Linears):
+    """The same shapes as plain bf16 weights, for torch.nn.functional.linear."""
+
+    def __init__(self, argument: tuple[list[tuple[str, int, int]], int]) -> None:
+        shapes, threads = argument
+        torch.set_num_threads(threads)
+        super().__init__([self._gemm(*shape) for shape in shapes], torch.bfloat16)
+
+    @staticmethod
+    def _gemm(layer: str, n: int, k: int) -> Gemm:
+        weight = torch.empty(n, k, dtype=torch.bfloat16).normal_(std=k**-0.5)
+        return Gemm(layer, n, k, weight.nbytes, lambda x: torch.nn.functional.linear(x, weight))
+
+    def implementations(self, rows: int) -> dict[str, str]:
+        """oneDNN's name of what multiplied each layer, or "no oneDNN"."""
+        x = self.inputs(rows)
+        return {g.layer: onednn_implementation(g.run, x[g.k]) for g in first_of_each(self.gemms, 1)}
+
+
+def onednn_implementation(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> str:
+    """What oneDNN says that it ran; it says so on the C library's stdout alone."""
+    stdout, libc = os.dup(1), ctypes.CDLL(None)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            run(x)
+        libc.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        file.seek(0)
+        calls = [line.split(",") for line in file.read().decode().splitlines() if ",exec,cpu," in line]
+    # onednn_verbose,v1,primitive,exec,cpu,matmul,brg_matmul:avx512_core_amx,...; a reorder is none
+    return next((c[c.index("cpu") + 2] for c in calls if c[c.index("cpu") + 1] != "reorder"), "no oneDNN")
+
+
+if __name__ == "__main__":
+    main()
