@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,32 +77,26 @@ def measure(args: argparse.Namespace, group: Group) -> None:
     dtypes = (args.dtypes or args.dtype).split(",")
     args.num_layers = args.num_layers or layers_past_the_cache(args)
     plain = {name: value for name, value in vars(args).items() if name != "run"}
-    ours = {d: Contender(d, Ours, argparse.Namespace(**{**plain, "dtype": d}), KEEP_MEMORY) for d in dtypes}
-    lead = ours[dtypes[0]]
-    environment = KEEP_MEMORY | torch_environment(args.isa, cores)
-    rival = Contender("torch", Torch, (lead.ask("shapes"), len(cores)), environment)
-    timed: list[dict[str, Any]] = []
-    read_gb_s = peak_tflops = 0.0
-    for n in rows:
-        now = lead.ask("ceilings")
-        read_gb_s, peak_tflops = max(read_gb_s, now[0]), max(peak_tflops, now[1])
-        timed += compare(n, ours, rival, args.rounds)
-    cases = [rates(case, read_gb_s, peak_tflops) for case in timed]
-    result = {
-        "config": Path(args.config).stem,
-        "tp": args.tp,
-        "num_layers": args.num_layers,
-        "threads": len(cores),
-        "isa": {d: ours[d].ask("isa") for d in dtypes},
-        "cpu": native.cpu_name(),
-        "read_gb_s": round(read_gb_s, 2),
-        "peak_tflops": round(peak_tflops, 4),
-        "torch": torch.__version__,
-        "torch_environment": environment,
-        "busy_cores": {name: c.ask("busy_cores") for name, c in [*ours.items(), ("torch", rival)]},
-        "ratio": {d: summary([case for case in cases if case["dtype"] == d]) for d in dtypes},
-        "cases": cases,
-    }
+    capped = KEEP_MEMORY | torch_environment(args.isa, cores)
+    with ExitStack() as stack:
+
+        def start(name: str, kind: Callable[[Any], object], argument: object, variables: dict[str, str]) -> Contender:
+            return stack.enter_context(closing(Contender(name, kind, argument, variables)))
+
+        ours = {d: start(d, Ours, argparse.Namespace(**{**plain, "dtype": d}), KEEP_MEMORY) for d in dtypes}
+        rival = start("torch", Torch, (ours[dtypes[0]].ask("shapes"), len(cores)), capped)
+        result = {
+            "config": Path(args.config).stem,
+            "tp": args.tp,
+            "num_layers": args.num_layers,
+            "threads": len(cores),
+            "isa": {d: ours[d].ask("isa") for d in dtypes},
+            "cpu": native.cpu_name(),
+            "torch": torch.__version__,
+            "torch_environment": capped,
+            **contest(rows, ours, rival, args.rounds),
+            "busy_cores": {name: c.ask("busy_cores") for name, c in [*ours.items(), ("torch", rival)]},
+        }
     print(table(result))
     print(json.dumps(result), flush=True)
 
@@ -154,6 +148,22 @@ def torch_environment(isa: str, cores: tuple[int, ...]) -> dict[str, str]:
     except ValueError as error:
         raise InputError(str(error)) from None
     return {"OMP_NUM_THREADS": str(len(cores)), "GOMP_CPU_AFFINITY": " ".join(map(str, cores)), **cap}
+
+
+def contest(all_rows: list[int], ours: dict[str, Contender], rival: Contender, rounds: int) -> dict[str, Any]:
+    """Every case, the ceilings that the first of ours measured in between, and the ratios of each dtype."""
+    lead, timed, ceilings = next(iter(ours.values())), [], []
+    for rows in all_rows:
+        ceilings.append(lead.ask("ceilings"))
+        timed += compare(rows, ours, rival, rounds)
+    read_gb_s, peak_tflops = (max(values) for values in zip(*ceilings, strict=True))
+    cases = [rates(case, read_gb_s, peak_tflops) for case in timed]
+    return {
+        "read_gb_s": round(read_gb_s, 2),
+        "peak_tflops": round(peak_tflops, 4),
+        "ratio": {dtype: summary([case for case in cases if case["dtype"] == dtype]) for dtype in ours},
+        "cases": cases,
+    }
 
 
 def compare(rows: int, ours: dict[str, Contender], rival: Contender, rounds: int) -> list[dict[str, Any]]:
@@ -241,9 +251,15 @@ class Contender:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         with environment(variables):
-            context.Process(target=serve, args=(theirs, kind, argument), daemon=True).start()
+            self._process = context.Process(target=serve, args=(theirs, kind, argument), daemon=True)
+            self._process.start()
         theirs.close()
         self._answer()
+
+    def close(self) -> None:
+        """Let the process end, and wait for it."""
+        self._pipe.close()
+        self._process.join()
 
     def ask(self, method: str, *arguments: object) -> Any:
         """Call a method there."""

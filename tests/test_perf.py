@@ -1,0 +1,53 @@
+"""The benchmarks that run without a launcher: what they print, and mistakes. Figures are not judged here."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.conftest import Finished, run
+
+FAST = ("--num-layers", "2", "--rounds", "1")
+
+
+def gemm(*flags: str) -> Finished:
+    return run([sys.executable, "perf/gemm.py", *flags])
+
+
+@pytest.mark.slow
+def test_gemm_times_every_layer_of_a_shard_beside_torch() -> None:
+    result = gemm("--tp", "8", "--rows", "2,128", *FAST).result
+    shapes = {"qkv": ((4 + 2) * 64, 2048), "o": (2048, 4 * 64), "gate_up": (2 * 1024, 2048), "down": (2048, 1024)}
+    shapes["head"] = (49152 // 8, 2048)
+    assert [(c["rows"], c["layer"], c["n"], c["k"]) for c in result["cases"]] == [
+        (rows, layer, n, k) for rows in (2, 128) for layer, (n, k) in shapes.items()
+    ]
+    for case in result["cases"]:
+        assert case["weight_bytes"] == 2 * case["n"] * case["k"]
+        assert case["tflops"] == pytest.approx(2e-6 * case["rows"] * case["n"] * case["k"] / case["us"], abs=2e-4)
+        assert case["ratio"] == pytest.approx(case["torch_us"] / case["us"], abs=2e-3)
+    assert result["busy_cores"].keys() == {"bf16", "torch"}
+    assert 0 < result["ratio"]["bf16"]["many_rows_worst"] <= result["ratio"]["bf16"]["many_rows_geomean"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rows", "1,0"], "--rows '1,0': expected numbers of 1 or more"),
+        (["--tp", "0"], "--tp 0: expected 1 or more"),
+        (["--dtypes", "fp7"], "--dtype 'fp7' is unknown"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_gemm_mistakes_are_one_line(flags: list[str], message: str) -> None:
+    done = gemm(*flags, *FAST)
+    assert done.status == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--window", "1"], ["--tokens", "100"], ["--tokens", "9000000"], ["--window", "9000"]]
+)
+def test_perplexity_mistakes_are_one_line(flags: list[str]) -> None:
+    done = run([sys.executable, "perf/perplexity.py", *flags])
+    assert done.status == 2 and flags[0] in done.stderr and "Traceback" not in done.stderr
