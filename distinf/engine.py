@@ -148,14 +148,17 @@ class Engine:
         logits = []
         for start in range(0, len(ids), PREFILL_ROWS):
             rows = slice(start, start + PREFILL_ROWS)
-            last = ends[(ends >= start) & (ends < start + PREFILL_ROWS)] - start
-            if all_rows:
-                last = torch.arange(len(ids[rows]))
+            last = None if all_rows else ends[(ends >= start) & (ends < start + PREFILL_ROWS)] - start
             logits.append(self._forward(ids[rows], positions[rows], sequence[rows], cache, last))
         return torch.cat(logits)
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, sequence: torch.Tensor, cache: KVCache, last: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        sequence: torch.Tensor,
+        cache: KVCache,
+        last: torch.Tensor | None,
     ) -> torch.Tensor:
         batch = self._model.batch(positions, sequence, cache.block_table)
         return self._model.forward(ids, batch, cache, last)

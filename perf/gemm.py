@@ -14,7 +14,8 @@ Outputs are bf16, without bias. Freed memory stays in the process, so no output 
 set of ours, oneDNN's implementation (or that torch did not use oneDNN), and the cores that were busy.
 
 Prints a table of medians (GB/s are of weights; `read` and `peak` are shares of the read bandwidth and of the bf16
-peak that our kernels measure in this run; `ratio` is torch's time over ours), then one JSON line.
+peak, in w8a8 the int8 peak, that our kernels measure in this run; `ratio` is torch's time over ours), then one
+JSON line.
 """
 
 from __future__ import annotations
@@ -156,11 +157,12 @@ def contest(all_rows: list[int], ours: dict[str, Contender], rival: Contender, r
     for rows in all_rows:
         ceilings.append(lead.ask("ceilings"))
         timed += compare(rows, ours, rival, rounds)
-    read_gb_s, peak_tflops = (max(values) for values in zip(*ceilings, strict=True))
-    cases = [rates(case, read_gb_s, peak_tflops) for case in timed]
+    read_gb_s, bf16_tflops, int8_tops = (max(values) for values in zip(*ceilings, strict=True))
+    cases = [rates(case, read_gb_s, int8_tops if case["dtype"] == "w8a8" else bf16_tflops) for case in timed]
     return {
         "read_gb_s": round(read_gb_s, 2),
-        "peak_tflops": round(peak_tflops, 4),
+        "bf16_tflops": round(bf16_tflops, 4),
+        "int8_tops": round(int8_tops, 4),
         "ratio": {dtype: summary([case for case in cases if case["dtype"] == dtype]) for dtype in ours},
         "cases": cases,
     }
@@ -219,8 +221,8 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
 def table(r: dict[str, Any]) -> str:
     """The figures for a person."""
     lines = [
-        f"{r['config']}, tp {r['tp']}, {r['num_layers']} layers; {r['threads']} threads; "
-        f"{r['read_gb_s']:.1f} GB/s read, {r['peak_tflops']:.3f} TFLOP/s bf16 peak; torch {r['torch']}",
+        f"{r['config']}, tp {r['tp']}, {r['num_layers']} layers; {r['threads']} threads; torch {r['torch']}",
+        f"{r['read_gb_s']:.1f} GB/s read; peak {r['bf16_tflops']:.3f} TFLOP/s bf16, {r['int8_tops']:.3f} TOP/s int8",
         "cores busy: " + "; ".join(f"{name} {', '.join(map(str, c))}" for name, c in r["busy_cores"].items()),
         f"{'rows':>5} {'layer':<8} {'n':>6} {'k':>6} {'dtype':<6} {'us':>10} {'GB/s':>7} {'read':>5} {'TFLOP/s':>8} "
         f"{'peak':>5} {'torch us':>10} {'ratio':>6}  torch ran",
@@ -383,7 +385,7 @@ class Ours(Linears):
     """Rank 0's weights of the model that the flags describe."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._llm = load_llm(args, OneOfMany(args.tp))  # kept: it owns what the kernels read
+        self._llm = load_llm(args, OneOfMany(args.tp), kv_tokens=0)  # kept: it owns what the kernels read
         self._kernels = kernels = self._llm.loaded.kernels
 
         def gemm(name: str, weight: Any) -> Gemm:
@@ -398,9 +400,10 @@ class Ours(Linears):
         """What the kernels run."""
         return self._kernels.isa
 
-    def ceilings(self) -> tuple[float, float]:
-        """Read bandwidth, GB/s, and bf16 peak, TFLOP/s."""
-        return measure_read_gb_s(self._kernels, SingleGroup()), self._kernels.measure_peak_tflops()
+    def ceilings(self) -> tuple[float, float, float]:
+        """Read bandwidth, GB/s, and the bf16 and int8 peaks in 1e12 operations a second."""
+        peak = self._kernels.measure_peak_tops
+        return measure_read_gb_s(self._kernels, SingleGroup()), peak(int8=False), peak(int8=True)
 
 
 class OneOfMany(SingleGroup):

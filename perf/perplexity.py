@@ -74,7 +74,7 @@ def against(args: argparse.Namespace) -> argparse.Namespace:
 
 def score(args: argparse.Namespace, group: Group) -> dict[str, Any]:
     """Load, score every window, and let go of the model; collective."""
-    llm = load_llm(args, group)
+    llm = load_llm(args, group, args.window)
     if args.window > llm.config.max_positions:
         raise InputError(f"--window {args.window}: the model's context is {llm.config.max_positions} tokens")
     topics = agreed(group, text)
