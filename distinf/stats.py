@@ -10,7 +10,7 @@ from distinf.comm import Group
 from distinf.kernels import Kernels
 
 
-def measure_read_gb_s(kernels: Kernels, group: Group, repeats: int = 7) -> float:
+def measure_read_gb_s(kernels: Kernels, group: Group, repeats: int = 10) -> float:
     """Memory read bandwidth of all ranks together now, GB/s: the ceiling that decode is held against. Collective.
 
     Ranks start each repeat together and the slowest ends it, so ranks that share a memory count it once.
@@ -18,9 +18,9 @@ def measure_read_gb_s(kernels: Kernels, group: Group, repeats: int = 7) -> float
     probe = kernels.read_probe()
     total = sum(group.all_gather_object(probe.bytes))
     best = 0.0
-    for _ in range(repeats):
+    for i in range(repeats):
         group.barrier()
-        best = max(best, total / max(group.all_gather_object(probe.read_s())) / 1e9)
+        best = max(best, total / max(group.all_gather_object(probe.read_s(prefetch=i % 2 == 0))) / 1e9)
     return best
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 _CPU = Path("/sys/devices/system/cpu")
 
 
+@cache
 def allowed_cores() -> list[int]:
-    """Cores that this process may run on, one hardware thread of each: what the launcher and cgroup left."""
+    """Cores that this process may run on, one hardware thread of each: what the launcher and cgroup left.
+
+    Asked once: a thread team pins the calling thread, and a later one would take its core for all there is.
+    """
     allowed = os.sched_getaffinity(0)
     return sorted(cpu for cpu in allowed if cpu == min(_siblings(cpu) & allowed))
 

@@ -44,8 +44,8 @@ class ReadProbe(Protocol):
     def bytes(self) -> int:
         """Its size."""
 
-    def read_s(self) -> float:
-        """Read all of it once with the rank's threads: seconds."""
+    def read_s(self, prefetch: bool) -> float:
+        """Read all of it once with the rank's threads: seconds. With software prefetch, or without."""
 
 
 class Kernels(Protocol):

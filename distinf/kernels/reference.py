@@ -139,7 +139,7 @@ class TorchReadProbe:
     def __init__(self) -> None:
         self._data = torch.ones(self.bytes // 4)
 
-    def read_s(self) -> float:
+    def read_s(self, prefetch: bool) -> float:
         return _seconds(self._data.sum)
 
 

@@ -129,5 +129,5 @@ PYBIND11_MODULE(_native, m) {
   py::class_<ReadProbe>(m, "ReadProbe")
       .def(py::init<Runtime&>(), py::keep_alive<1, 2>())
       .def_property_readonly("bytes", &ReadProbe::bytes)
-      .def("read_s", &ReadProbe::read_s);
+      .def("read_s", &ReadProbe::read_s, py::arg("prefetch"));
 }

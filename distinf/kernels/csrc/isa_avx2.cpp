@@ -19,13 +19,14 @@ namespace {
 #include "activations.inl"
 #include "gemm_quantised.inl"
 #include "attention.inl"
+#include "read_stream.inl"
 #include "peak.inl"
 }  // namespace
 }  // namespace distinf::avx2
 
 namespace distinf {
 const KernelTable kAvx2Kernels = {
-    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::rope,      avx2::kv_append,
-    avx2::attention,   avx2::silu_mul,         avx2::embedding, avx2::peak_bf16, avx2::peak_int8,
+    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,    avx2::rope,      avx2::kv_append, avx2::attention,
+    avx2::silu_mul,    avx2::embedding,        avx2::read_stream, avx2::peak_bf16, avx2::peak_int8,
 };
 }  // namespace distinf

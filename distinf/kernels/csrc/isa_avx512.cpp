@@ -19,13 +19,15 @@ namespace {
 #include "activations.inl"
 #include "gemm_quantised.inl"
 #include "attention.inl"
+#include "read_stream.inl"
 #include "peak.inl"
 }  // namespace
 }  // namespace distinf::avx512
 
 namespace distinf {
 const KernelTable kAvx512Kernels = {
-    avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::rope,      avx512::kv_append,
-    avx512::attention,   avx512::silu_mul,         avx512::embedding, avx512::peak_bf16, avx512::peak_int8,
+    avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::rope,
+    avx512::kv_append,   avx512::attention,        avx512::silu_mul,  avx512::embedding,
+    avx512::read_stream, avx512::peak_bf16,        avx512::peak_int8,
 };
 }  // namespace distinf

@@ -20,14 +20,15 @@ namespace {
 #include "activations.inl"
 #include "gemm_quantised.inl"
 #include "attention.inl"
+#include "read_stream.inl"
 #include "peak.inl"
 }  // namespace
 }  // namespace distinf::avx512_bf16
 
 namespace distinf {
 const KernelTable kAvx512Bf16Kernels = {
-    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm, avx512_bf16::rope,
-    avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::silu_mul, avx512_bf16::embedding,
-    avx512_bf16::peak_bf16,   avx512_bf16::peak_int8,
+    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,  avx512_bf16::rope,
+    avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::silu_mul,  avx512_bf16::embedding,
+    avx512_bf16::read_stream, avx512_bf16::peak_bf16,        avx512_bf16::peak_int8,
 };
 }  // namespace distinf

@@ -66,6 +66,8 @@ struct KernelTable {
   void (*silu_mul)(const Worker&, const bf16* x, bf16* out, int64_t rows, int64_t n);
   // out[rows, n] fp32 = table[ids]
   void (*embedding)(const Worker&, const int32_t* ids, const bf16* table, float* out, int64_t rows, int64_t n);
+  // This worker's part of bytes at data, read once; with software prefetch or without.
+  int32_t (*read_stream)(const Worker&, const void* data, int64_t bytes, bool prefetch);
   // bf16 multiply-adds on registers; returns the floating-point operations done.
   double (*peak_bf16)(int64_t iterations, float* sink);
   double (*peak_int8)(int64_t iterations, float* sink);

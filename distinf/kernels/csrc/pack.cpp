@@ -88,20 +88,4 @@ void pack(const Worker& w, const T* src, int64_t stride, const Weight& weight) {
 template void pack<float>(const Worker&, const float*, int64_t, const Weight&);
 template void pack<bf16>(const Worker&, const bf16*, int64_t, const Weight&);
 
-uint64_t read_stream(const Worker& w, const void* data, int64_t bytes) {
-  // 4-8 KiB ahead is where one core's read rate peaks on the machines measured (perf/LOG.md).
-  constexpr int64_t kAhead = 6144;
-  const int64_t lines = bytes / 64;
-  const char* p = static_cast<const char*>(data);
-  uint64_t sum[4] = {};
-  for (int64_t line = w.begin(lines); line < w.end(lines); line++) {
-    const char* at = p + line * 64;
-    __builtin_prefetch(at + kAhead, 0, 2);
-    uint64_t words[8];
-    std::memcpy(words, at, 64);
-    for (int i = 0; i < 4; i++) sum[i] += words[i] ^ words[i + 4];
-  }
-  return sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
-}
-
 }  // namespace distinf

@@ -5,8 +5,6 @@
 #include <cstring>
 #include <fstream>
 
-#include "pack.h"
-
 namespace distinf {
 namespace {
 
@@ -37,8 +35,9 @@ ReadProbe::ReadProbe(Runtime& rt)
   });
 }
 
-double ReadProbe::read_s() {
-  return seconds(rt_.team, [this](const Worker& w) { sinks_[w.index * 8] += read_stream(w, data_, bytes_); });
+double ReadProbe::read_s(bool prefetch) {
+  return seconds(rt_.team,
+                 [=](const Worker& w) { sinks_[w.index * 8] += rt_.kernels.read_stream(w, data_, bytes_, prefetch); });
 }
 
 double peak_tops(Runtime& rt, bool int8, int repeats) {
