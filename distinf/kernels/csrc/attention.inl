@@ -180,7 +180,8 @@ inline float weigh(float* scores, Span seen, float peak_before, const float* v_s
   return peak;
 }
 
-// Columns [column, column + C vectors) of acc[R] = acc * keep + weights . values over some keys of a block
+// acc[R] = acc * keep + weights . values over some keys of a block, C vectors of columns at once. Several are whole:
+// a test for the end of the row in the inner loop would keep them out of registers.
 template <int R, int C, class T, class Ask>
 inline void add_values(const float (*weights)[kBlockSize], Span keys, const float* keep, const T* v, int64_t d,
                        int64_t column, float* acc, int64_t stride, Ask ask) {
@@ -191,7 +192,10 @@ inline void add_values(const float (*weights)[kBlockSize], Span keys, const floa
   for (int64_t key = keys.begin; key < keys.end; key++) {
     ask(key);
     Vec x[C];
-    for (int c = 0; c < C; c++) x[c] = load_n(v + key * d, column + c * kLanes, d);
+    for (int c = 0; c < C; c++) {
+      const T* from = v + key * d;
+      x[c] = C > 1 ? load(from + column + c * kLanes) : load_n(from, column, d);
+    }
     for (int r = 0; r < R; r++) {
       const Vec weight = broadcast(weights[r][key]);
       for (int c = 0; c < C; c++) sums[r][c] = fma(weight, x[c], sums[r][c]);
@@ -232,7 +236,7 @@ inline void attend_queries(const AttentionScratch& s, const Block<T>& block, int
   for (int r = 0; r < R; r++) part.sum[query + r] = part.sum[query + r] * keep[r] + totals[r];
   float* acc = part.acc + query * stride;
   int64_t i = 0;
-  for (; i + kColumns * kLanes <= stride; i += kColumns * kLanes) {
+  for (; i + kColumns * kLanes <= d; i += kColumns * kLanes) {
     i ? add_values<R, kColumns>(scores, any, keep, block.v, d, i, acc, stride, AskNothing{})
       : add_values<R, kColumns>(scores, any, keep, block.v, d, i, acc, stride, ask);
   }
