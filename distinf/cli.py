@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
-from distinf.config import COMMS, DTYPES, ISAS, KERNELS, LOAD_FORMATS
+from distinf.config import COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
 from distinf.engine import Sequence
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
@@ -51,6 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
     parser.add_argument("--no-capture", dest="capture", action="store_false", help="run every decode step eagerly")
     parser.add_argument("--load-format", default="auto", metavar="|".join(LOAD_FORMATS), help="dummy: random weights")
+    parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
     parser.add_argument("--config", metavar="FILE", help="config.json for --load-format dummy")
     parser.add_argument("--num-layers", type=int, metavar="N", help="layers for --load-format dummy")
 
@@ -60,8 +61,8 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
     return LLM(
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
-        load_format=args.load_format, config=args.config, num_layers=args.num_layers, group=group,
-        capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
+        load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
+        group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 
@@ -162,6 +163,7 @@ def _report(llm: LLM, completion: Completion) -> dict[str, Any]:
         "world_size": group.world_size,
         "shares": [float(s) for s in llm.run.shares],
         "dtype": llm.run.dtype,
+        "kv_dtype": llm.run.kv_dtype,
         "isa": llm.loaded.kernels.isa,
         "comm": group.name,
         "kernels": llm.loaded.kernels.name,

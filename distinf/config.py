@@ -49,6 +49,7 @@ class ModelConfig:
 
 
 DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
+KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference")
 ISAS = ("auto", "amx", "avx512", "avx2")
 COMMS = ("auto", "single", "mpi")
@@ -69,6 +70,7 @@ class RunConfig:
     threads: int = 0  # per rank; 0: the cores that the rank is bound to
     load_format: str = "auto"
     capture: bool = True  # record the decode step once and replay it
+    kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
 
     def __post_init__(self) -> None:
         head_dtype = self.head_dtype or self.dtype
@@ -78,10 +80,13 @@ class RunConfig:
             ("--kernels", self.kernels, KERNELS),
             ("--isa", self.isa, ISAS),
             ("--load-format", self.load_format, LOAD_FORMATS),
+            ("--kv-dtype", self.kv_dtype, KV_DTYPES),
         ):
             if value not in known:
                 raise ValueError(f"{flag} {value!r} is unknown; expected one of {', '.join(known)}")
         if (self.dtype == "fp32") != (head_dtype == "fp32"):
             raise ValueError(f"--head-dtype {head_dtype} and --dtype {self.dtype}: expected both or neither fp32")
+        if self.kv_dtype == "int8" and self.dtype == "fp32":
+            raise ValueError("--kv-dtype int8 and --dtype fp32: expected --kv-dtype bf16 or another --dtype")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")

@@ -70,11 +70,16 @@ class Decoder:
 class Engine:
     """One model on one group. Every rank calls generate with the same arguments and gets the same tokens."""
 
-    def __init__(self, model: Model, kernels: Kernels, group: Group, capture: bool = True) -> None:
-        """`capture`: record the decode step once per batch size and replay it (see Decoder)."""
+    def __init__(
+        self, model: Model, kernels: Kernels, group: Group, kv_dtype: torch.dtype, capture: bool = True
+    ) -> None:
+        """`kv_dtype`: the kernels' act_dtype or int8. `capture`: record the decode step once per batch size and
+        replay it (see Decoder).
+        """
         self._model = model
         self._kernels = kernels
         self._group = group
+        self._kv_dtype = kv_dtype
         self._capture = capture
         self.replay_s: list[float] = []  # of the last generate: see Decoder
 
@@ -170,7 +175,7 @@ class Engine:
     def new_cache(self, max_lengths: list[int]) -> KVCache:
         """Room for one sequence of each length, this rank's heads."""
         config, shard = self._model.config, self._model.shard
-        return KVCache(config.n_layers, len(shard.kv_heads), config.head_dim, max_lengths, self._kernels.act_dtype)
+        return KVCache(config.n_layers, len(shard.kv_heads), config.head_dim, max_lengths, self._kv_dtype)
 
     def _finished(self, sequence: Sequence, params: SamplingParams) -> str | None:
         if sequence.generated[-1] in self._model.config.eos_ids and not params.ignore_eos:

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distinf import comm, topology
 from distinf import kernels as kernel_library
 from distinf.comm import Group, InputError, agreed
@@ -76,13 +78,18 @@ def load_model(
     need = MemoryNeed(
         weights=weight_bytes(params, cuts, formats, kernels.act_dtype),
         kv_cache=kv_tokens
-        * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, kernels.act_dtype),
+        * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)),
         kv_tokens=kv_tokens,
     )
     needs, mates = group.all_gather_object(need), group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
     return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
+
+
+def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
+    """What `--kv-dtype` means for these kernels: keys and values as they are computed, or int8."""
+    return torch.int8 if run.kv_dtype == "int8" else kernels.act_dtype
 
 
 def _parse(checkpoint: Checkpoint) -> tuple[Any, ModelConfig]:
@@ -119,6 +126,7 @@ class LLM:
         isa: str = "auto",
         threads: int = 0,
         load_format: str = "auto",
+        kv_dtype: str = "bf16",
         config: str | None = None,
         num_layers: int | None = None,
         capture: bool = True,
@@ -129,12 +137,12 @@ class LLM:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
         `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
-        and `zero_points` are those of the quantised ones. `shares` is one number for each rank ("3,1"; None:
-        equal). `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the
-        model's own), of `num_layers` layers when given. `capture` False
-        runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`,
-        the tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
-        `progress` shows a loading bar on stderr.
+        and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
+        number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights of the shape in
+        `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture` False
+        runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all
+        sequences of a call together, a KV cache that does not fit is refused before loading. `progress` shows
+        a loading bar on stderr.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -154,6 +162,7 @@ class LLM:
                 threads,
                 load_format,
                 capture,
+                kv_dtype,
             ),
         )
         self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
@@ -162,7 +171,9 @@ class LLM:
             lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
         )
         self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress)
-        self.engine = Engine(self.loaded.model, self.loaded.kernels, self.group, capture)
+        self.engine = Engine(
+            self.loaded.model, self.loaded.kernels, self.group, cache_dtype(self.run, self.loaded.kernels), capture
+        )
         self._loaded_tokenizer: Tokenizer | None = None
         self.load_s = time.perf_counter() - start
 

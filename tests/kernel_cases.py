@@ -115,18 +115,40 @@ def check_embedding(kernels: Any) -> None:
     assert torch.equal(kernels.embedding(ids, table), table[ids.long()].float())
 
 
+def check_kv_append(kernels: Any, head_dim: int) -> None:
+    """The int8 cache holds what the reference would: both divide in fp32 and round ties to even."""
+    torch.manual_seed(head_dim)
+    cache, expected = (new_cache(3, 2, head_dim, torch.int8) for _ in range(2))
+    batch = step_of([(p, 0) for p in range(60, 70)], torch.tensor([[2, 0]], dtype=torch.int32))
+    kv = torch.randn(10, 4, head_dim).mul_(torch.logspace(-30, 30, 10)[:, None, None]).bfloat16()
+    kv[3, 1] = 0  # no largest magnitude to divide by
+    kv[4] = torch.arange(head_dim) - 127.0  # halves of a step: 127 is the largest, 63.5 the tie below
+    kv[4, :, -1] = 254.0
+    for implementation, into in ((kernels, cache), (_reference(torch.float32), expected)):
+        implementation.kv_append_(kv[:, :2], kv[:, 2:], into, batch)
+    for a, b in zip(vars(cache).values(), vars(expected).values(), strict=True):
+        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0))
+
+
 def check_attention(
-    kernels: Any, lengths: list[int], new: list[int], heads: int, group: int, offset: int, head_dim: int, window: int
+    kernels: Any,
+    lengths: list[int],
+    new: list[int],
+    heads: int,
+    group: int,
+    offset: int,
+    head_dim: int,
+    window: int,
+    kv_dtype: torch.dtype,
 ) -> None:
     """Sequences of `lengths` tokens, the last `new` of each being this step's rows; the earlier ones are cached.
 
-    `heads` query heads starting `offset` into their group. The output is a mean of values with weights whose
-    fp32 error is small beside the rounding of the inputs' products: a few units per key, and one bf16 rounding.
+    `heads` query heads starting `offset` into their group. What was never written is NaN and may not be seen.
     """
     torch.manual_seed(sum(lengths) + head_dim)
     kv_heads = (offset + heads - 1) // group + 1
     blocks = [-(-n // 64) for n in lengths]
-    cache = LayerCache(*(torch.full((sum(blocks) + 1, kv_heads, 64, head_dim), math.nan).bfloat16() for _ in "kv"))
+    cache = new_cache(sum(blocks) + 1, kv_heads, head_dim, kv_dtype)
     # Blocks in no order, so that a kernel that ignores the table is seen.
     order = torch.randperm(sum(blocks) + 1)[: sum(blocks)].int().tolist()
     table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
@@ -134,9 +156,8 @@ def check_attention(
         table[i, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
 
     def step(starts: list[int], stops: list[int]) -> Batch:
-        rows = [(p, i) for i, (a, b) in enumerate(zip(starts, stops, strict=True)) for p in range(a, b)]
-        positions, sequence = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
-        return Batch(positions, sequence, table, torch.empty(0), torch.empty(0))
+        pairs = enumerate(zip(starts, stops, strict=True))
+        return step_of([(p, i) for i, (a, b) in pairs for p in range(a, b)], table)
 
     starts = [n - m for n, m in zip(lengths, new, strict=True)]
     batches = [step([0] * len(lengths), starts)] if any(starts) else []
@@ -146,8 +167,56 @@ def check_attention(
     q = qkv[:, :heads]
     expected = _reference(torch.float32).attention(q.float(), cache, batch, group, offset, window)
     y = kernels.attention(q, cache, batch, group, offset, window)
-    keys = max(lengths) + head_dim
-    torch.testing.assert_close(y.float(), expected, rtol=BF16_ULP, atol=keys * 8 * FP32_UNIT + 1e-3 * BF16_ULP)
+    torch.testing.assert_close(y.float(), expected, rtol=BF16_ULP, atol=attention_error(q, cache, max(lengths), window))
+    assert torch.equal(kernels.attention(q, cache, batch, group, offset, window), y), "not the same twice"
+
+
+def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int) -> float:
+    """Fp32 error of a mean of values, weighted by e^score, in any order of summation; for each of two results.
+
+    A score is a sum of head_dim products: (head_dim + 2) units of |q| |k| / sqrt(head_dim), by Cauchy and Schwarz
+    above the sum of the products' magnitudes. It moves its weight by as much, relatively, and the mean of values
+    by at most twice that of the largest |v|; exp, the sums over keys and the factors of each block's running
+    maximum add a few units a key.
+    """
+    k, v = (
+        torch.nan_to_num(x.float() if scale is None else x * scale[..., None])
+        for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+    )
+    head_dim, keys = q.shape[-1], min(length, window or length)
+    score = float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max()) / math.sqrt(head_dim)
+    return 2 * (2 * (head_dim + 2) * score + 3 * keys) * FP32_UNIT * float(v.abs().max())
+
+
+def check_causality(kernels: Any, kv_dtype: torch.dtype) -> None:
+    """A row's result does not depend, to the last bit, on what later positions of its block hold."""
+    torch.manual_seed(1)
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    batch, q = step_of([(p, 0) for p in range(100)], table), torch.randn(100, 6, 64).bfloat16()
+    kv = torch.randn(100, 4, 64).bfloat16()
+    results = []
+    for _ in range(2):
+        cache = new_cache(2, 2, 64, kv_dtype)
+        kernels.kv_append_(kv[:, :2], kv[:, 2:], cache, batch)
+        results.append(kernels.attention(q, cache, batch, 3, 0, 40))
+        kv[70:] = 1e38  # times a weight of exactly zero
+    assert torch.equal(results[0][:70], results[1][:70])
+    assert not torch.equal(results[0][70:], results[1][70:])
+
+
+def new_cache(blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> LayerCache:
+    """A cache that nobody has written: NaN, in int8 the scales and the largest numbers."""
+    shape = (blocks, kv_heads, 64, head_dim)
+    if dtype == torch.int8:
+        full = torch.full(shape, -128, dtype=torch.int8)
+        return LayerCache(full, full.clone(), *(torch.full(shape[:3], math.nan) for _ in "kv"))
+    return LayerCache(*(torch.full(shape, math.nan, dtype=dtype) for _ in "kv"))
+
+
+def step_of(rows: list[tuple[int, int]], table: torch.Tensor) -> Batch:
+    """A batch of (position, sequence) rows."""
+    positions, sequence = (torch.tensor(x, dtype=torch.int32) for x in zip(*rows, strict=True))
+    return Batch(positions, sequence, table, torch.empty(0), torch.empty(0))
 
 
 def _reference(dtype: torch.dtype) -> ReferenceKernels:
@@ -162,7 +231,19 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     dict(lengths=[70, 3, 200], new=[7, 3, 1], heads=2, group=1, offset=0, head_dim=80, window=0),
     dict(lengths=[150, 64], new=[40, 64], heads=8, group=4, offset=0, head_dim=128, window=33),
     dict(lengths=[300], new=[100], heads=2, group=2, offset=0, head_dim=256, window=0),
+    # One tile: its keys are divided among the threads, and a short one leaves some without work.
+    dict(lengths=[1000], new=[1], heads=4, group=4, offset=0, head_dim=64, window=0),
+    dict(lengths=[1000], new=[1], heads=3, group=4, offset=1, head_dim=96, window=333),
+    dict(lengths=[65], new=[1], heads=1, group=1, offset=0, head_dim=128, window=0),
+    # Heads that are no whole vectors or pairs, and the longest.
+    dict(lengths=[90], new=[30], heads=2, group=2, offset=0, head_dim=33, window=0),
+    dict(lengths=[70], new=[5], heads=2, group=1, offset=0, head_dim=512, window=0),
+    # A group with more queries than a tile, cut within a row; a prompt's later part; decode beside prefill.
+    dict(lengths=[140], new=[3], heads=71, group=71, offset=0, head_dim=32, window=0),
+    dict(lengths=[500], new=[200], heads=6, group=3, offset=0, head_dim=64, window=100),
+    dict(lengths=[400, 90, 9, 130], new=[1, 80, 1, 130], heads=5, group=4, offset=3, head_dim=64, window=0),
 ]
+KV_DTYPES = [torch.bfloat16, torch.int8]
 
 
 def check_everything(kernels: Any) -> None:
@@ -174,4 +255,5 @@ def check_everything(kernels: Any) -> None:
         for m, n, k in QUANTISED_SHAPES:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
     for case in ATTENTION_CASES:
-        check_attention(kernels, **case)
+        for kv_dtype in KV_DTYPES:
+            check_attention(kernels, **case, kv_dtype=kv_dtype)

@@ -64,9 +64,30 @@ def test_embedding(kernels: Any) -> None:
     cases.check_embedding(kernels)
 
 
+@pytest.mark.parametrize("head_dim", [20, 64, 128])
+def test_int8_cache(kernels: Any, head_dim: int) -> None:
+    cases.check_kv_append(kernels, head_dim)
+
+
+@pytest.mark.parametrize("kv_dtype", cases.KV_DTYPES, ids=["bf16", "int8"])
 @pytest.mark.parametrize("case", cases.ATTENTION_CASES, ids=str)
-def test_attention(kernels: Any, case: dict[str, Any]) -> None:
-    cases.check_attention(kernels, **case)
+def test_attention(kernels: Any, case: dict[str, Any], kv_dtype: torch.dtype) -> None:
+    cases.check_attention(kernels, **case, kv_dtype=kv_dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", cases.KV_DTYPES, ids=["bf16", "int8"])
+def test_later_positions_are_not_seen(kernels: Any, kv_dtype: torch.dtype) -> None:
+    if kernels.name == "reference":
+        pytest.skip("multiplies them by zero in a matrix product of its own order")
+    cases.check_causality(kernels, kv_dtype)
+
+
+def test_a_longer_head_is_refused(kernels: Any) -> None:
+    if kernels.name == "reference":
+        pytest.skip("takes any")
+    batch = cases.step_of([(0, 0)], torch.zeros(1, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="head_dim above 512"):
+        kernels.attention(torch.zeros(1, 1, 514).bfloat16(), cases.new_cache(1, 1, 514, torch.bfloat16), batch, 1, 0)
 
 
 def test_zero_size_shards(kernels: Any) -> None:

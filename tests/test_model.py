@@ -73,6 +73,21 @@ def test_native_bf16_logits_are_near_fp32(tiny_llama: Path) -> None:
     assert not torch.equal(native, exact)
 
 
+def test_int8_cache_logits_are_near_bf16(tiny_llama: Path) -> None:
+    """A stored number is off by at most half a step of its vector's largest / 127: 2^-8 of it, a bf16 rounding of
+    the largest for every one. The cache is written once a layer, beside some 8 bf16 roundings: it is one more.
+    """
+    exact = logits_of(LLM(str(tiny_llama), dtype="fp32"), prompt_of(90))
+    int8 = logits_of(LLM(str(tiny_llama), kv_dtype="int8"), prompt_of(90))
+    assert (int8 - exact).abs().max() < 5 * 2**-9 * (9 * 3) ** 0.5 * 2 * exact.std()
+    assert not torch.equal(int8, logits_of(LLM(str(tiny_llama)), prompt_of(90)))
+
+
+def test_int8_cache_needs_bf16_activations(tiny_llama: Path) -> None:
+    with pytest.raises(InputError, match="--kv-dtype int8 and --dtype fp32"):
+        LLM(str(tiny_llama), dtype="fp32", kv_dtype="int8")
+
+
 def test_a_batch_gives_what_each_prompt_gives_alone(tiny_llama: Path) -> None:
     llm = LLM(str(tiny_llama), dtype="fp32")
     prompts = [prompt_of(5), prompt_of(70), prompt_of(1)]

@@ -80,7 +80,10 @@ class Kernels(Protocol):
         """
 
     def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: Any, batch: Any) -> None:
-        """Write k, v [T, kv_heads, head_dim] (rows strided alike) to each row's position in a LayerCache."""
+        """Write k, v [T, kv_heads, head_dim] (rows strided alike) to each row's position in a LayerCache.
+
+        An int8 cache gets round(x / scale), ties to even, with scale = max |x| / 127 of each head's vector.
+        """
 
     def attention(
         self, q: torch.Tensor, cache: Any, batch: Any, group: int, group_offset: int, window: int = 0

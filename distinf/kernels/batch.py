@@ -31,7 +31,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's keys and values of this rank's KV heads."""
+    """One layer's keys and values of this rank's KV heads; in int8, x = scale * stored."""
 
-    k: torch.Tensor  # [blocks, kv_heads_local, block_size, head_dim]
+    k: torch.Tensor  # [blocks, kv_heads_local, block_size, head_dim], act_dtype or int8
     v: torch.Tensor
+    k_scale: torch.Tensor | None = None  # fp32 [blocks, kv_heads_local, block_size]; None: not quantised
+    v_scale: torch.Tensor | None = None

@@ -178,7 +178,7 @@ class NativeKernels:
 
     def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
         assert k.shape == v.shape and k.stride(0) == v.stride(0) and k.dtype == v.dtype == BF16
-        assert _heads_adjacent(k) and _heads_adjacent(v) and k.shape[1] == cache.k.shape[1]
+        assert _heads_adjacent(k) and _heads_adjacent(v) and k.shape[1:] == cache.k.shape[1::2]
         self._rt.kv_append(k.data_ptr(), v.data_ptr(), k.stride(0), _cache_args(cache), _batch_args(batch))
 
     def attention(
@@ -225,8 +225,13 @@ def _heads_adjacent(x: torch.Tensor) -> bool:
 
 def _cache_args(cache: LayerCache) -> _native.Cache:
     _, kv_heads, block_size, head_dim = cache.k.shape
-    assert cache.k.dtype == BF16 and cache.k.is_contiguous() and cache.v.is_contiguous()
-    return _native.Cache(cache.k.data_ptr(), cache.v.data_ptr(), kv_heads, block_size, head_dim)
+    assert block_size == _native.BLOCK_SIZE and cache.k.is_contiguous() and cache.v.is_contiguous()
+    assert cache.k.dtype == cache.v.dtype == (BF16 if cache.k_scale is None else torch.int8)
+    for scale in (cache.k_scale, cache.v_scale):
+        assert scale is None or (scale.dtype == FP32 and scale.shape == cache.k.shape[:3] and scale.is_contiguous())
+    return _native.Cache(
+        cache.k.data_ptr(), cache.v.data_ptr(), _address(cache.k_scale), _address(cache.v_scale), kv_heads, head_dim
+    )
 
 
 def _batch_args(batch: Batch) -> _native.Batch:

@@ -77,9 +77,12 @@ class ReferenceKernels:
 
     def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
         size = cache.k.shape[2]
-        block = batch.block_table[batch.sequence, batch.positions // size]
-        cache.k[block, :, batch.positions % size] = k
-        cache.v[block, :, batch.positions % size] = v
+        place = batch.block_table[batch.sequence, batch.positions // size], slice(None), batch.positions % size
+        for x, stored, scales in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+            if scales is None:
+                stored[place] = x
+            else:
+                stored[place], scales[place] = _quantise(x)
 
     def attention(
         self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
@@ -90,7 +93,9 @@ class ReferenceKernels:
             rows = batch.sequence == sequence
             position = batch.positions[rows]
             length = int(position.max()) + 1
-            k, v = (_gather(x, batch.block_table[sequence], length)[kv_head] for x in (cache.k, cache.v))
+            blocks = batch.block_table[sequence]
+            k = _gather(cache.k, cache.k_scale, blocks, length)[kv_head]
+            v = _gather(cache.v, cache.v_scale, blocks, length)[kv_head]
             distance = position[:, None] - torch.arange(length)  # [rows, length]
             hidden = (distance < 0) | ((distance >= window) if window else False)
             scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) / math.sqrt(q.shape[2])
@@ -149,6 +154,15 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _gather(cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
+def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, heads, dim] -> int8 and the scale of each vector, [T, heads]; see Kernels.kv_append_."""
+    largest = x.float().abs().amax(-1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return (x.float() / scale[..., None]).round().to(torch.int8), scale
+
+
+def _gather(cache: torch.Tensor, scale: torch.Tensor | None, blocks: torch.Tensor, length: int) -> torch.Tensor:
     """Blocks of one sequence [blocks, heads, size, dim] -> fp32 [heads, length, dim]."""
-    return cache[blocks[: -(-length // cache.shape[2])]].transpose(0, 1).flatten(1, 2)[:, :length].float()
+    used = blocks[: -(-length // cache.shape[2])]
+    x = cache[used].float() if scale is None else cache[used] * scale[used][..., None]
+    return x.transpose(0, 1).flatten(1, 2)[:, :length]

@@ -66,8 +66,14 @@ void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const Cach
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
                int64_t group_offset, int64_t window, float scale, const CacheArgs& cache, const BatchArgs& batch) {
   if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 512");
-  const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group, group_offset, window, scale};
-  rt.execute([=, &rt](const Worker& w) { rt.kernels.attention(w, args, cache, batch); });
+  rt.reserve_scratch(rt.team.size() * sizeof(AttentionScratch));
+  const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group,
+                           group_offset,      window,   scale,         nullptr};
+  rt.execute([=, &rt](const Worker& w) {
+    AttentionArgs with_scratch = args;
+    with_scratch.scratch = reinterpret_cast<AttentionScratch*>(rt.scratch());
+    rt.kernels.attention(w, with_scratch, cache, batch);
+  });
 }
 
 void silu_mul(Runtime& rt, uintptr_t x, uintptr_t out, int64_t rows, int64_t n) {
@@ -96,10 +102,12 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("n", &Weight::n)
       .def_readonly("k", &Weight::k)
       .def_property_readonly("nbytes", &Weight::bytes);
+  m.attr("BLOCK_SIZE") = kBlockSize;
   py::class_<CacheArgs>(m, "Cache")
-      .def(py::init([](uintptr_t k, uintptr_t v, int64_t kv_heads, int64_t block_size, int64_t head_dim) {
-        return CacheArgs{at<bf16>(k), at<bf16>(v), kv_heads, block_size, head_dim};
-      }));
+      .def(py::init(
+          [](uintptr_t k, uintptr_t v, uintptr_t k_scale, uintptr_t v_scale, int64_t kv_heads, int64_t head_dim) {
+            return CacheArgs{at<void>(k), at<void>(v), at<float>(k_scale), at<float>(v_scale), kv_heads, head_dim};
+          }));
   py::class_<BatchArgs>(m, "Batch")
       .def(py::init(
           [](uintptr_t positions, uintptr_t sequence, uintptr_t block_table, int64_t max_blocks, int64_t rows) {

@@ -8,14 +8,9 @@ inline Vec load_part(const T* p, int64_t n) {
   return load(buffer);
 }
 
-inline void store_part(float* p, Vec v, int64_t n) {
-  float buffer[kLanes];
-  store(buffer, v);
-  for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
-}
-
-inline void store_part(bf16* p, Vec v, int64_t n) {
-  bf16 buffer[kLanes];
+template <class T>
+inline void store_part(T* p, Vec v, int64_t n) {
+  T buffer[kLanes];
   store(buffer, v);
   for (int64_t i = 0; i < n; i++) p[i] = buffer[i];
 }
@@ -33,7 +28,7 @@ inline void store_n(T* p, Vec v, int64_t i, int64_t n) {
 // e^x: x = n ln 2 + r with |r| <= ln 2 / 2, then a degree-6 polynomial for e^r (truncation error 2e-8 relative,
 // below half an fp32 ulp), scaled by 2^n. Below -87.3 the result would be subnormal and is 2^-126.
 inline Vec exp(Vec x) {
-  x = min(max(x, broadcast(-87.3f)), broadcast(88.3f));
+  x = min(broadcast(88.3f), max(broadcast(-87.3f), x));  // x second: both give it back when it is NaN
   const Vec n = round(mul(x, broadcast(1.44269504f)));
   Vec r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
   r = fma(n, broadcast(2.12194440e-4f), r);
@@ -82,21 +77,38 @@ void rope(const Worker& w, bf16* x, int64_t stride, const float* cos, const floa
   }
 }
 
-inline int64_t cache_offset(const CacheArgs& cache, const BatchArgs& batch, int64_t sequence, int64_t position,
-                            int64_t head) {
-  const int64_t block = batch.block_table[sequence * batch.max_blocks + position / cache.block_size];
-  return ((block * cache.kv_heads + head) * cache.block_size + position % cache.block_size) * cache.head_dim;
+// Place of a position's vector among all vectors of the cache: times head_dim, an offset into k and v.
+inline int64_t cache_place(const CacheArgs& cache, const BatchArgs& batch, int64_t sequence, int64_t position,
+                           int64_t head) {
+  const int64_t block = batch.block_table[sequence * batch.max_blocks + position / kBlockSize];
+  return (block * cache.kv_heads + head) * kBlockSize + position % kBlockSize;
+}
+
+// Symmetric, the largest magnitude at 127. A vector of zeros gets the scale 1: 0 / 0 would not be 0.
+inline void quantise(const bf16* x, int64_t n, int8_t* out, float* scale) {
+  Vec peak = zero();
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec v = load_n(x, i, n);
+    peak = max(peak, max(v, sub(zero(), v)));
+  }
+  *scale = largest(peak) > 0 ? largest(peak) / 127 : 1;
+  for (int64_t i = 0; i < n; i += kLanes) store_n(out, div(load_n(x, i, n), broadcast(*scale)), i, n);
 }
 
 void kv_append(const Worker& w, const bf16* k, const bf16* v, int64_t stride, const CacheArgs& cache,
                const BatchArgs& batch) {
-  const int64_t items = batch.rows * cache.kv_heads;
+  const int64_t items = batch.rows * cache.kv_heads, d = cache.head_dim;
   for (int64_t i = w.begin(items); i < w.end(items); i++) {
     const int64_t row = i / cache.kv_heads, head = i % cache.kv_heads;
-    const int64_t to = cache_offset(cache, batch, batch.sequence[row], batch.positions[row], head);
-    const int64_t from = row * stride + head * cache.head_dim;
-    std::memcpy(cache.k + to, k + from, cache.head_dim * sizeof(bf16));
-    std::memcpy(cache.v + to, v + from, cache.head_dim * sizeof(bf16));
+    const int64_t to = cache_place(cache, batch, batch.sequence[row], batch.positions[row], head);
+    const int64_t from = row * stride + head * d;
+    if (cache.k_scale) {
+      quantise(k + from, d, static_cast<int8_t*>(cache.k) + to * d, cache.k_scale + to);
+      quantise(v + from, d, static_cast<int8_t*>(cache.v) + to * d, cache.v_scale + to);
+    } else {
+      std::memcpy(static_cast<bf16*>(cache.k) + to * d, k + from, d * sizeof(bf16));
+      std::memcpy(static_cast<bf16*>(cache.v) + to * d, v + from, d * sizeof(bf16));
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // The functions that exist once per instruction set. Dispatch is one table, chosen when a Runtime is made.
 #pragma once
 #include <cstdint>
+#include <limits>
 
 #include "bf16.h"
 #include "thread_team.h"
@@ -30,15 +31,42 @@ struct BatchArgs {
   int64_t rows;
 };
 
-// Paged keys and values of one layer, this rank's heads.
+// Positions of a cache block: attention takes its keys block by block.
+constexpr int64_t kBlockSize = 64;
+
+// Paged keys and values of one layer, this rank's heads: bf16, or int8 with a scale for each position and head.
 struct CacheArgs {
-  bf16* k;  // [blocks, kv_heads, block_size, head_dim]
-  bf16* v;
-  int64_t kv_heads, block_size, head_dim;
+  void* k;  // [blocks, kv_heads, kBlockSize, head_dim]
+  void* v;
+  float* k_scale;  // [blocks, kv_heads, kBlockSize]; nullptr: the cache is bf16
+  float* v_scale;
+  int64_t kv_heads, head_dim;
 };
 
-// Query and accumulator of one head live on the stack of the thread that works on it.
+// Longest head that the scratch below has room for.
 constexpr int64_t kMaxHeadDim = 512;
+// Query vectors (rows x heads of a group) that share one pass over their keys and values. At head_dim 64 their
+// accumulators are 16 KiB and a block of keys and values as much again: together they stay in a 1 MiB L2, and
+// turning the keys costs each query 1/64 of a turn.
+constexpr int64_t kTileQueries = 64;
+
+// Softmax-weighted values of a tile's queries over some of their keys, not yet divided by the sum of the weights.
+struct Partial {
+  float max[kTileQueries];  // largest score; weights are e^(score - max)
+  float sum[kTileQueries];  // of the weights
+  float acc[kTileQueries * kMaxHeadDim];
+};
+
+// One thread's memory while attention runs.
+struct alignas(64) AttentionScratch {
+  Partial begun_before;  // of a tile whose first keys are an earlier thread's
+  Partial own;           // of the tile at work; in the end of the one that later threads go on with
+  bf16 q[kTileQueries * kMaxHeadDim];
+  int64_t first_key[kTileQueries], end_key[kTileQueries];  // positions that each query sees
+  bf16 k_rows[kBlockSize * kMaxHeadDim];                   // int8 keys made bf16
+  bf16 k_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 2][kBlockSize][2]
+  float k_scale[kBlockSize], v_scale[kBlockSize];
+};
 
 struct AttentionArgs {
   const bf16* q;  // [rows, q_heads, head_dim], row stride q_stride
@@ -49,6 +77,7 @@ struct AttentionArgs {
   int64_t group_offset;  // place of local query head 0 in its group: local KV head = (group_offset + head) / group
   int64_t window;        // keys a row may see, itself included; 0: all
   float scale;
+  AttentionScratch* scratch;  // one for each thread
 };
 
 struct KernelTable {

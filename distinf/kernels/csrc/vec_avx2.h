@@ -9,7 +9,16 @@ inline Vec load(const bf16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+inline Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+// Rounds to the nearest whole number, ties to even; lanes must be in [-128, 127].
+inline void store(int8_t* p, Vec v) {
+  const __m256i whole = _mm256_cvtps_epi32(v);
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
 inline void store(bf16* p, Vec v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -38,10 +47,26 @@ inline float sum(Vec v) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+inline float largest(Vec v) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
 
 // Sixteen bits pairs (k, k+1) of eight columns, in the order the packed weights have them.
 using Pairs = __m256i;
 inline Pairs load_pairs(const bf16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+// The four pairs at p and at every step elements behind it, one lane of 128 bits each.
+inline Pairs load_quads(const bf16* p, int64_t step) {
+  const auto quad = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step)); };
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(quad(0)), quad(1), 1);
+}
+inline void store_pairs(bf16* p, Pairs v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+// Within each 128 bits: a0 b0 a1 b1, and a2 b2 a3 b3; by 64 bits: a01 b01, and a23 b23.
+inline Pairs zip_low(Pairs a, Pairs b) { return _mm256_unpacklo_epi32(a, b); }
+inline Pairs zip_high(Pairs a, Pairs b) { return _mm256_unpackhi_epi32(a, b); }
+inline Pairs zip_low_two(Pairs a, Pairs b) { return _mm256_unpacklo_epi64(a, b); }
+inline Pairs zip_high_two(Pairs a, Pairs b) { return _mm256_unpackhi_epi64(a, b); }
 inline Pairs broadcast_pair(const bf16* p) {
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);

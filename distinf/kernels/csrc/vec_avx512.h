@@ -10,7 +10,14 @@ inline Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+// Rounds to the nearest whole number, ties to even; lanes must be in [-128, 127].
+inline void store(int8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 inline void store(bf16* p, Vec v) {
 #ifdef DISTINF_HAS_BF16
   const __m256i packed = (__m256i)_mm512_cvtneps_pbh(v);
@@ -38,10 +45,26 @@ inline Vec exp2_whole(Vec n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 
 // Pairs (k, k+1) of sixteen columns, in the order the packed weights have them.
 using Pairs = __m512i;
 inline Pairs load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }
+// The four pairs at p and at every step elements behind it, one lane of 128 bits each.
+inline Pairs load_quads(const bf16* p, int64_t step) {
+  const auto quad = [&](int64_t i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * step)); };
+  // Broadcast loads under a mask go through the load ports: no shuffle is spent on putting lanes in place.
+  Pairs v = _mm512_castsi128_si512(quad(0));
+  v = _mm512_mask_broadcast_i32x4(v, 0x00f0, quad(1));
+  v = _mm512_mask_broadcast_i32x4(v, 0x0f00, quad(2));
+  return _mm512_mask_broadcast_i32x4(v, 0xf000, quad(3));
+}
+inline void store_pairs(bf16* p, Pairs v) { _mm512_storeu_si512(p, v); }
+// Within each 128 bits: a0 b0 a1 b1, and a2 b2 a3 b3; by 64 bits: a01 b01, and a23 b23.
+inline Pairs zip_low(Pairs a, Pairs b) { return _mm512_unpacklo_epi32(a, b); }
+inline Pairs zip_high(Pairs a, Pairs b) { return _mm512_unpackhi_epi32(a, b); }
+inline Pairs zip_low_two(Pairs a, Pairs b) { return _mm512_unpacklo_epi64(a, b); }
+inline Pairs zip_high_two(Pairs a, Pairs b) { return _mm512_unpackhi_epi64(a, b); }
 inline Pairs broadcast_pair(const bf16* p) {
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
