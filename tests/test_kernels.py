@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,15 @@ def test_ipex_for_another_torch_is_refused_without_importing_it(monkeypatch: pyt
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.0")
     with pytest.raises(ValueError, match=r"1\.2\.0 does not run on torch"):
         load("ipex", "auto", "bf16", Placement((-1,)))
+
+
+def test_ipex_keeps_stdout_clean() -> None:
+    if ipex.missing():
+        pytest.skip(ipex.missing())
+    script = "from distinf.kernels.ipex import IpexKernels; IpexKernels(1); print('text')"
+    env = {**os.environ, "PMI_RANK": "0"}  # a rank under a launcher, as the package guesses it
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, env=env)
+    assert done.stdout == "text\n", done.stderr
 
 
 def test_whole_groups_of_a_shard_that_cuts_groups() -> None:
