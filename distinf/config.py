@@ -50,7 +50,7 @@ class ModelConfig:
 
 DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
 KV_DTYPES = ("bf16", "int8")
-KERNELS = ("auto", "native", "reference")
+KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
 COMMS = ("auto", "single", "mpi")
 LOAD_FORMATS = ("auto", "dummy")

@@ -10,7 +10,7 @@ from typing import Any
 
 from distinf import __version__, topology
 from distinf.comm import BACKENDS, Group
-from distinf.kernels import native
+from distinf.kernels import ipex, native
 from distinf.llm import place
 
 
@@ -22,7 +22,7 @@ def describe(group: Group, threads: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpu": f"{native.cpu_name()}, {os.cpu_count()} hardware threads",
         "isa": f"{isas[0]} (found: {', '.join(isas)})" if isas else "none: reference kernels only",
-        "kernels": "native, reference" if isas else "reference",
+        "kernels": _kernels(isas),
         "threads": len(placement.cpus),
         "cores": _cores(placement.cpus) + (" (shared with other ranks)" if placement.oversubscribed else ""),
         "numa_nodes": sorted({n for c in placement.cpus if (n := topology.numa_node(c)) is not None}),
@@ -31,13 +31,19 @@ def describe(group: Group, threads: int) -> dict[str, Any]:
     }
 
 
+def _kernels(isas: list[str]) -> str:
+    without = ipex.missing()
+    names = [*(["native"] if isas else []), "reference", *([] if without else ["ipex"])]
+    return ", ".join(names) + (f" (no ipex: {without})" if without else "")
+
+
 def _cores(cpus: tuple[int, ...]) -> str:
     return "not pinned" if -1 in cpus else ",".join(map(str, cpus))
 
 
 def _versions() -> list[str]:
     found = [f"distinf {__version__}", f"python {platform.python_version()}"]
-    for package in ("torch", "mpi4py", "impi-rt", "transformers", "safetensors", "gguf"):
+    for package in ("torch", "mpi4py", "impi-rt", "transformers", "safetensors", "gguf", ipex.PACKAGE):
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distinf.kernels import Placement, load, native
+from distinf.kernels import Placement, ipex, load, native
 from distinf.kernels.formats import FORMATS, Format
 from distinf.kernels.reference import ReferenceKernels
 from tests import kernel_cases as cases
@@ -18,10 +21,14 @@ from tests import kernel_cases as cases
 LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
 
 
-@pytest.fixture(scope="module", params=["reference", *LEVELS])
+@pytest.fixture(scope="module", params=["reference", *LEVELS, "ipex"])
 def kernels(request: pytest.FixtureRequest) -> Any:
     if request.param == "reference":
         return ReferenceKernels(torch.bfloat16, threads=1)
+    if request.param == "ipex":
+        if ipex.missing():
+            pytest.skip(ipex.missing())
+        return ipex.IpexKernels(threads=2)
     if request.param not in native.available_isas():
         pytest.skip(f"this CPU has no {request.param}")
     return native.NativeKernels(
@@ -41,6 +48,8 @@ def test_linear(kernels: Any, m: int, n: int, k: int, bias: bool, out_dtype: tor
 def test_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int) -> None:
     if form.group and k % form.group:
         pytest.skip("not whole groups: refused before loading")
+    if kernels.name == "ipex" and form.name not in ipex.DTYPES:
+        pytest.skip("refused, see test_choices_that_do_not_go_together")
     cases.check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
 
 
@@ -135,8 +144,40 @@ def test_isa_that_the_cpu_lacks_is_refused() -> None:
         ("native", "auto", "fp32", "cannot run --dtype fp32"),
         ("reference", "avx2", "bf16", "--isa avx2 needs the native kernels"),
         ("auto", "avx2", "fp32", "--isa avx2 needs the native kernels"),
+        ("ipex", "avx2", "bf16", "--isa avx2 needs the native kernels, but --kernels ipex"),
+        ("ipex", "auto", "fp32", "--kernels ipex cannot run fp32; expected .* bf16, int8, int4"),
+        ("ipex", "auto", "w8a8", "--kernels ipex cannot run w8a8"),
     ],
 )
 def test_choices_that_do_not_go_together(name: str, isa: str, dtype: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(name, isa, dtype, Placement((-1,)))
+
+
+def test_ipex_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, ipex.MODULE, None)
+    with pytest.raises(ValueError, match=r"--kernels ipex: .* is not installed; .*: pip install [^\n]*2\.8[^\n]*$"):
+        load("ipex", "auto", "bf16", Placement((-1,)))
+
+
+def test_ipex_for_another_torch_is_refused_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.0")
+    with pytest.raises(ValueError, match=r"1\.2\.0 does not run on torch"):
+        load("ipex", "auto", "bf16", Placement((-1,)))
+
+
+def test_ipex_keeps_stdout_clean() -> None:
+    if ipex.missing():
+        pytest.skip(ipex.missing())
+    script = "from distinf.kernels.ipex import IpexKernels; IpexKernels(1); print('text')"
+    env = {**os.environ, "PMI_RANK": "0"}  # a rank under a launcher, as the package guesses it
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, env=env)
+    assert done.stdout == "text\n", done.stderr
+
+
+def test_whole_groups_of_a_shard_that_cuts_groups() -> None:
+    runs = list(ipex.whole_groups(heads=9, group=3, offset=1))
+    assert runs == [(slice(0, 2), slice(0, 1)), (slice(2, 8), slice(1, 3)), (slice(8, 9), slice(3, 4))]
+    assert list(ipex.whole_groups(heads=1, group=4, offset=2)) == [(slice(0, 1), slice(0, 1))]
+    assert list(ipex.whole_groups(heads=8, group=4, offset=0)) == [(slice(0, 8), slice(0, 2))]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distinf.kernels import native
+from distinf.kernels import ipex, native
 from distinf.kernels.formats import Format
 from distinf.kernels.reference import ReferenceKernels
 
@@ -51,7 +51,7 @@ class ReadProbe(Protocol):
 class Kernels(Protocol):
     """The ops. All tensors are contiguous in their last dimension; shapes are asserted, not broadcast."""
 
-    name: str  # "native" or "reference"
+    name: str  # "native", "reference" or "ipex"
     isa: str  # instruction set really used
     threads: int
     act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
@@ -127,7 +127,7 @@ class Placement:
 def load(name: str, isa: str, dtype: str, placement: Placement) -> Kernels:
     """Kernels by `--kernels` name, `--isa` and `--dtype`.
 
-    Raises ValueError when native kernels or the instruction set are asked for and cannot be had.
+    Raises ValueError when the kernels or the instruction set that are asked for cannot be had.
     """
     if name == "auto":
         name = "native" if dtype != "fp32" and native.best_isa() else "reference"
@@ -136,5 +136,8 @@ def load(name: str, isa: str, dtype: str, placement: Placement) -> Kernels:
             raise ValueError("--kernels native cannot run --dtype fp32; expected --kernels reference or --dtype bf16")
         return native.NativeKernels(native.resolve_isa(isa), list(placement.cpus), placement.oversubscribed)
     if isa != "auto":
-        raise ValueError(f"--isa {isa} needs the native kernels, but --kernels reference --dtype {dtype} is in use")
+        raise ValueError(f"--isa {isa} needs the native kernels, but --kernels {name} --dtype {dtype} is in use")
+    if name == "ipex":
+        ipex.check_dtype(dtype)
+        return ipex.IpexKernels(len(placement.cpus))
     return ReferenceKernels(torch.float32 if dtype == "fp32" else torch.bfloat16, len(placement.cpus))

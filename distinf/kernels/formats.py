@@ -49,8 +49,10 @@ def parse_format(dtype: str, group_size: int | None, zero_points: bool) -> Forma
     return replace(known, group=known.group if group_size is None else group_size, zero_points=zero_points)
 
 
-def quantise(weight: torch.Tensor, form: Format) -> torch.Tensor:
-    """[n, k] -> the fp32 weight that the stored numbers stand for: what csrc/pack.cpp packs, step by step."""
+def quantised(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[n, k] -> numbers [n, groups, group size], scales and zeros [n, groups, 1], all fp32, none of them signed
+    except scales: what csrc/pack.cpp packs, step by step.
+    """
     groups = weight.float().unflatten(1, (-1, form.group)) if form.group else weight.float()[:, None]
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     last = 2**form.bits - 1
@@ -62,12 +64,16 @@ def quantise(weight: torch.Tensor, form: Format) -> torch.Tensor:
             scale = (torch.maximum(high, -low) / 127).bfloat16().float()
         else:  # the larger side gets the extra step, by the sign of the scale
             scale = (torch.where(high > -low, high, low) / -8).bfloat16().float()
-        zero = torch.tensor(2.0 ** (form.bits - 1))
+        zero = torch.full_like(scale, 2.0 ** (form.bits - 1))
     inverse = torch.where(scale != 0, 1 / scale, 0)
     first = 1 if form.bits == 8 and not form.zero_points else 0
-    number = (zero + (groups * inverse).round()).clamp(first, last)
-    stands_for: torch.Tensor = scale * (number - zero)
-    return stands_for.flatten(1)
+    return (zero + (groups * inverse).round()).clamp(first, last), scale, zero
+
+
+def quantise(weight: torch.Tensor, form: Format) -> torch.Tensor:
+    """[n, k] -> the fp32 weight that the stored numbers stand for."""
+    number, scale, zero = quantised(weight, form)
+    return (scale * (number - zero)).flatten(1)
 
 
 def half_away(x: torch.Tensor) -> torch.Tensor:
