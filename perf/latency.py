@@ -4,19 +4,22 @@
     launch/mpirun.sh -n 2 -- python perf/latency.py --model smollm2-135m --batch 8
 
 Prints a table, then one JSON line. The end of a text is ignored; the first run warms up and is not counted;
-the read bandwidth and the arithmetic peak are measured in this run, by the same threads on the same cores.
+the read bandwidth is measured before and after each run and the arithmetic peak at the end, by the same threads on the
+same cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distinf.cli import add_model_arguments, load_llm, run_ranks
 from distinf.comm import Group, InputError
-from distinf.llm import LLM, Completion, peak_rss_mb
+from distinf.llm import LLM, peak_rss_mb
 from distinf.sampling import SamplingParams
 from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
 
@@ -27,7 +30,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: %(default)s)")
     parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, help="new tokens (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="counted runs (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="counted runs (default: %(default)s)")
     parser.set_defaults(run=measure)
     run_ranks(parser)
 
@@ -43,29 +46,44 @@ def measure(args: argparse.Namespace, group: Group) -> None:
     prompts = [[(7919 * i + 31 * b) % vocab for i in range(args.input_len)] for b in range(args.batch)]
     params = SamplingParams(max_new_tokens=args.output_len, ignore_eos=True)
     llm.generate(prompts, params)
-    runs, replay_ms = [], []
-    for _ in range(args.runs):
-        runs.append(llm.generate(prompts, params)[0])
-        replay_ms += [1e3 * s for s in llm.engine.replay_s]
-    result = report(args, llm, runs, replay_ms)
+    rss = group.all_gather_object(round(peak_rss_mb(), 1))  # before the probe has its own memory
+    runs = [one_run(llm, prompts, params) for _ in range(args.runs)]
+    result = report(args, llm, runs, rss)
     if group.rank == 0:
         print(table(result))
         print(json.dumps(result), flush=True)
 
 
-def report(args: argparse.Namespace, llm: LLM, runs: list[Completion], replay_ms: list[float]) -> dict[str, Any]:
-    """The JSON line; collective. All sequences of a batch step together: the first one's times are everyone's.
+@dataclass(frozen=True)
+class Run:
+    """One timed run, and what the memory gave right before and after it."""
 
-    `replay_ms` is the part of each token that the captured step takes; the rest is the host's.
-    """
+    ttft_ms: float
+    tpot_ms: list[float]
+    replay_ms: list[float]  # the part of each token that the captured step takes; the rest is the host's
+    ceiling_gb_s: float
+
+
+def one_run(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Run:
+    """All sequences of a batch step together: the first one's times are everyone's. Collective."""
+    kernels, group = llm.loaded.kernels, llm.group
+    before = measure_read_gb_s(kernels, group)
+    times_s = llm.generate(prompts, params)[0].token_times_s
+    after = measure_read_gb_s(kernels, group)
+    replay_ms = [1e3 * s for s in llm.engine.replay_s]
+    return Run(1e3 * times_s[0], token_gaps_ms(times_s), replay_ms, (before + after) / 2)
+
+
+def report(args: argparse.Namespace, llm: LLM, runs: list[Run], rss: list[float]) -> dict[str, Any]:
+    """The JSON line; collective. The roofline fraction is the median over runs of each run's own."""
     group, kernels, weights = llm.group, llm.loaded.kernels, llm.loaded.weights
-    rss = group.all_gather_object(round(peak_rss_mb(), 1))
-    ceiling = measure_read_gb_s(kernels, group)
     peak = sum(group.all_gather_object(kernels.measure_peak_tops(int8=llm.run.dtype == "w8a8")))
     weight_bytes = sum(group.all_gather_object(weights.bytes_per_token))
     flops = sum(group.all_gather_object(weights.gemm_flops(args.batch * args.input_len, args.batch)))
-    ttft = percentiles([1e3 * run.token_times_s[0] for run in runs])
-    tpot = percentiles([gap for run in runs for gap in token_gaps_ms(run.token_times_s)])
+    ttft = percentiles([run.ttft_ms for run in runs])
+    tpot = percentiles([gap for run in runs for gap in run.tpot_ms])
+    replay = percentiles([ms for run in runs for ms in run.replay_ms])
+    rates = [decode_rates(weight_bytes, percentiles(run.tpot_ms).get("p50"), run.ceiling_gb_s) for run in runs]
     tflops = flops / ttft["p50"] / 1e9
     amx = kernels.isa == "amx"
     return {
@@ -83,9 +101,10 @@ def report(args: argparse.Namespace, llm: LLM, runs: list[Completion], replay_ms
         "tpot_ms": tpot,
         "prefill_tok_s": round(1e3 * args.batch * args.input_len / ttft["p50"], 1),
         "decode_tok_s": round(1e3 * args.batch / tpot["p50"], 2) if tpot else None,
-        "host_fraction": round(1 - percentiles(replay_ms)["p50"] / tpot["p50"], 4) if replay_ms else None,
+        "host_fraction": round(1 - replay["p50"] / tpot["p50"], 4) if replay else None,
         "weight_bytes_per_token": weight_bytes,
-        **decode_rates(weight_bytes, tpot.get("p50"), ceiling),
+        **{key: median([r[key] for r in rates]) for key in rates[0]},
+        "roofline_of_each_run": [r["roofline"] for r in rates],
         "prefill_tflops": round(tflops, 4),
         "peak_tflops": round(peak, 4),
         "peak_fraction": round(tflops / peak, 4),
@@ -94,6 +113,12 @@ def report(args: argparse.Namespace, llm: LLM, runs: list[Completion], replay_ms
         "load_s": round(llm.load_s, 3),
         "peak_rss_mb": rss,
     }
+
+
+def median(values: list[float | None]) -> float | None:
+    """Of the numbers, if there are any."""
+    numbers = [v for v in values if v is not None]
+    return round(statistics.median(numbers), 4) if numbers else None
 
 
 def table(r: dict[str, Any]) -> str:
