@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from distinf.comm import Group
@@ -36,7 +37,11 @@ class Sequence:
 
 
 class Decoder:
-    """Decode steps of one batch size over one cache: the first is captured, later ones replay it."""
+    """Decode steps of one batch size over one cache: the first is captured, later ones replay it.
+
+    Between two replays the caches of the cores hold weights and every Python object is far away, so what
+    is done there is little: a few numbers written into fixed buffers.
+    """
 
     def __init__(self, model: Model, kernels: Kernels, cache: KVCache, capture: bool) -> None:
         """Without `capture` every step runs eagerly."""
@@ -49,22 +54,34 @@ class Decoder:
 
     def __call__(self, running: list[Sequence]) -> torch.Tensor:
         """Run the last token of each sequence; logits [B, vocab_local], overwritten by the next call."""
-        ids = torch.tensor([s.generated[-1] for s in running], dtype=torch.int32)
-        positions = torch.tensor([s.next_position - 1 for s in running], dtype=torch.int32)
-        sequence = torch.tensor([s.index for s in running], dtype=torch.int32)
-        batch = self._model.batch(positions, sequence, self._cache.block_table)
-        if not self._capture:
-            return self._model.forward(ids, batch, self._cache, None)
         if self._step is None:
-            self._ids, self._batch = ids, batch
-            self._step = self._kernels.record(lambda: self._model.forward(ids, batch, self._cache, None))
-            return self._step.result
-        self._ids.copy_(ids)
-        self._batch.assign_(batch)
+            return self._first(running)
+        self._ids[:] = [s.generated[-1] for s in running]
+        self._positions[:] = [s.next_position - 1 for s in running]
+        self._sequence[:] = [s.index for s in running]
+        np.take(self._all_cos, self._positions, axis=0, out=self._cos)
+        np.take(self._all_sin, self._positions, axis=0, out=self._sin)
         start = time.perf_counter()
         logits = self._step.replay()
         self.replay_s.append(time.perf_counter() - start)
         return logits
+
+    def _first(self, running: list[Sequence]) -> torch.Tensor:
+        ids = torch.tensor([s.generated[-1] for s in running], dtype=torch.int32)
+        positions = torch.tensor([s.next_position - 1 for s in running], dtype=torch.int32)
+        sequence = torch.tensor([s.index for s in running], dtype=torch.int32)
+        table = self._cache.block_table
+        batch = self._model.batch(positions, sequence, table)
+        if not self._capture:
+            return self._model.forward(ids, batch, self._cache, None)
+        self._step = self._kernels.record(lambda: self._model.forward(ids, batch, self._cache, None))
+        # numpy's views of the buffers that the step reads, and the rotation of every position it can come to.
+        everywhere = torch.arange(self._cache.max_length, dtype=torch.int32)
+        rotations = self._model.batch(everywhere, torch.zeros_like(everywhere), table)
+        self._all_cos, self._all_sin = rotations.cos.numpy(), rotations.sin.numpy()
+        self._ids, self._positions, self._sequence = ids.numpy(), positions.numpy(), sequence.numpy()
+        self._cos, self._sin = batch.cos.numpy(), batch.sin.numpy()
+        return self._step.result
 
 
 class Engine:

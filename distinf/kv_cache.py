@@ -20,6 +20,7 @@ class KVCache:
         Memory is touched only as positions are written.
         """
         blocks = [-(-n // BLOCK_SIZE) for n in max_lengths]
+        self.max_length = max(blocks) * BLOCK_SIZE  # of any sequence
         shape = (sum(blocks), n_kv_heads_local, BLOCK_SIZE, head_dim)
 
         def scale() -> torch.Tensor | None:

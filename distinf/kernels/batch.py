@@ -20,14 +20,6 @@ class Batch:
     cos: torch.Tensor  # fp32 [T, rope_dim / 2]
     sin: torch.Tensor  # fp32 [T, rope_dim / 2]
 
-    def assign_(self, other: Batch) -> None:
-        """Take over the rows of a batch of the same shape; a recorded step reads them from here."""
-        for mine, new in zip(self._rows(), other._rows(), strict=True):
-            mine.copy_(new)
-
-    def _rows(self) -> tuple[torch.Tensor, ...]:
-        return self.positions, self.sequence, self.cos, self.sin
-
 
 @dataclass(frozen=True)
 class LayerCache:
