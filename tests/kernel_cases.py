@@ -55,7 +55,7 @@ def check_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int, b
     b = torch.randn(n) if bias else None
     digits, numbers = quantise_activations(x, form.digits).double(), quantise(w, form).double()
     exact = digits @ numbers.T + (b.double() if b is not None else 0)
-    # Taking the zero point out cancels products of up to twice the largest weight, group by group.
+    # Taking the middle or the offset out cancels products of up to twice the largest weight, group by group.
     largest = numbers.abs().amax() * 4
     magnitude = x.double().abs().sum(-1, keepdim=True) * largest + (b.double().abs() if b is not None else 0)
     tolerance = (8 + k // (form.group or k) + 2) * FP32_UNIT * magnitude

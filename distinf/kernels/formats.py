@@ -9,13 +9,13 @@ import torch
 
 @dataclass(frozen=True)
 class Format:
-    """How a linear's weight is kept. A quantised weight is scale * (number - zero), rounded to nearest."""
+    """How a linear's weight is kept. A quantised weight is scale * number + offset, rounded to nearest."""
 
     name: str
     bits: int  # of a number: 32, 16, 8 or 4
     digits: int = 0  # int8 digits of an activation: 1 is 8 bits, 2 are 15, finer than the bf16 it came from
     group: int = 0  # input features that share a scale; 0: all
-    zero_points: bool = False  # a zero of its own for each scale; else the middle of the grid
+    zero_points: bool = False  # an offset of its own for each scale; else zero is the middle of the grid
 
     def check_k(self, name: str, columns: range) -> None:
         """Raises ValueError when this rank's input features of a weight do not start and end on whole groups."""
@@ -50,35 +50,31 @@ def parse_format(dtype: str, group_size: int | None, zero_points: bool) -> Forma
 
 
 def quantised(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[n, k] -> numbers [n, groups, group size], scales and zeros [n, groups, 1], all fp32, none of them signed
-    except scales: what csrc/pack.cpp packs, step by step.
+    """[n, k] -> numbers [n, groups, group size] from 0 up, scales and offsets [n, groups, 1], all fp32.
+
+    A weight is scale * number + offset: what csrc/pack.cpp packs, step by step.
     """
     groups = weight.float().unflatten(1, (-1, form.group)) if form.group else weight.float()[:, None]
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     last = 2**form.bits - 1
     if form.zero_points:
-        scale = ((high - low) / last).bfloat16().float()
-        zero = torch.where(scale > 0, half_away(-low / scale), 0).clamp(0, last)
-    else:
-        if form.bits == 8:
-            scale = (torch.maximum(high, -low) / 127).bfloat16().float()
-        else:  # the larger side gets the extra step, by the sign of the scale
-            scale = (torch.where(high > -low, high, low) / -8).bfloat16().float()
-        zero = torch.full_like(scale, 2.0 ** (form.bits - 1))
-    inverse = torch.where(scale != 0, 1 / scale, 0)
-    first = 1 if form.bits == 8 and not form.zero_points else 0
-    return (zero + (groups * inverse).round()).clamp(first, last), scale, zero
+        scale, offset = ((high - low) / last).bfloat16().float(), low.bfloat16().float()
+        steps = (groups - offset) * torch.where(scale != 0, 1 / scale, 0)
+        return steps.round().clamp(0, last), scale, offset
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    middle = 2.0 ** (form.bits - 1)
+    if form.bits == 8:  # 255 of 256 steps, as many above zero as below
+        scale, first = (torch.maximum(high, -low) / 127).bfloat16().float(), 1
+    else:  # the larger side gets the extra step, by the sign of the scale
+        scale, first = (torch.where(high > -low, high, low) / -8).bfloat16().float(), 0
+    steps = groups * torch.where(scale != 0, 1 / scale, 0)
+    return (middle + steps.round()).clamp(first, last), scale, -scale * middle
 
 
 def quantise(weight: torch.Tensor, form: Format) -> torch.Tensor:
     """[n, k] -> the fp32 weight that the stored numbers stand for."""
-    number, scale, zero = quantised(weight, form)
-    return (scale * (number - zero)).flatten(1)
-
-
-def half_away(x: torch.Tensor) -> torch.Tensor:
-    """C's lround: halves away from zero."""
-    return (x.abs() + 0.5).floor() * x.sign()
+    number, scale, offset = quantised(weight, form)
+    return (scale * number + offset).flatten(1)
 
 
 def quantise_activations(x: torch.Tensor, digits: int) -> torch.Tensor:

@@ -96,16 +96,20 @@ class IpexKernels(ReferenceKernels):
         if form.bits == 16:
             plain = weight.bfloat16().contiguous()
             return IpexWeight(n, k, form, self._prepack.linear_prepack(plain, None, None))
-        number, scale, zero = (x.flatten(1) for x in quantised(weight, form))
+        if form.zero_points:
+            raise ValueError(
+                "--kernels ipex takes zero points that are whole numbers, ours are not: leave --zero-points out"
+            )
+        number, scale, _ = (x.flatten(1) for x in quantised(weight, form))
         if form.bits == 8:  # it takes signed numbers here, and pairs of unsigned ones, the even one low, below
-            number, zero, code = (number - 128).to(torch.int8), zero - 128, 1
+            number, code = (number - 128).to(torch.int8), 1
         else:
             pairs = number.to(torch.uint8).unflatten(1, (-1, 2))
             number, code = pairs[..., 0] | pairs[..., 1] << 4, 2
         if not form.group:
-            scale, zero = scale[:, 0], zero[:, 0]
+            scale = scale[:, 0]
         context = self._prepack.weight_only_qlinear_prepack(
-            number.contiguous(), code, [n, k], scale, zero if form.zero_points else None, None, None, None,
+            number.contiguous(), code, [n, k], scale, None, None, None, None,
             form.group or -1, _LOWP_NONE, _ACTIVATIONS_AS_THEY_ARE, False,
         )  # fmt: skip
         return IpexWeight(n, k, form, context)

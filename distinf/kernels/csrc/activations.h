@@ -9,7 +9,7 @@ namespace distinf {
 
 struct QuantisedRows {
   int8_t* digits;  // [rows][w.digits][k_padded]
-  int32_t* sums;   // [rows][groups][w.digits]: of a group's digits, to take the zero point out
+  int32_t* sums;   // [rows][groups][w.digits]: of a group's digits, for its middle or offset
   float* scales;   // [rows]
   int64_t k_padded, groups;
 

@@ -19,8 +19,8 @@ T* at(uintptr_t address) {
 }
 
 Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n, int64_t k, int bits, int digits,
-                   int64_t group, bool zero_points) {
-  Weight weight{nullptr, n, k, bits, digits, group, zero_points};
+                   int64_t group, bool offsets) {
+  Weight weight{nullptr, n, k, bits, digits, group, offsets};
   weight.data = static_cast<char*>(rt.arena.allocate(weight.bytes()));
   rt.team.run([=, &weight](const Worker& w) {
     fp32 ? pack(w, at<const float>(src), stride, weight) : pack(w, at<const bf16>(src), stride, weight);

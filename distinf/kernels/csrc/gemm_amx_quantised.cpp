@@ -85,23 +85,22 @@ void multiply_group(const Weight& w, const Block& block, const char* numbers, in
   }
 }
 
-// total[rows][kPanel] += scale * (products - zero * sums), over the digits of a row
+// total[rows][kPanel] += what the group adds
 void add_group(const Weight& w, const QuantisedRows& q, const Block& block, const char* header, int64_t group,
                const int32_t* c, float* total) {
   const int64_t rows = w.digits == 2 ? block.rows[0] : block.rows[0] + block.rows[1];
-  for (int v = 0; v < kVectors; v++) {
-    const Vec scale = load(reinterpret_cast<const bf16*>(header) + v * kLanes);
-    const Whole zeros = zeros_of(w, header, v);
-    const auto product = [&](int64_t tile_row, int32_t sum) {
-      const int32_t* from = c + (tile_row / kTileRows * 2 + v) * 256 + tile_row % kTileRows * 16;
-      return to_vec(sub_whole(_mm512_loadu_si512(from), mul_whole(zeros, broadcast_whole(sum))));
-    };
-    for (int64_t r = 0; r < rows; r++) {
-      const int32_t* sums = q.sum(w, block.row + r, group);
-      Vec y = product(r, sums[0]);
-      if (w.digits == 2) y = fma(y, broadcast(128.0f), product(kTileRows + r, sums[1]));
+  for (int64_t r = 0; r < rows; r++) {
+    for (int v = 0; v < kVectors; v++) {
+      Whole digits[2];
+      for (int d = 0; d < w.digits; d++) {
+        const int64_t tile_row = d * kTileRows + r;
+        digits[d] = _mm512_loadu_si512(c + (tile_row / kTileRows * 2 + v) * 256 + tile_row % kTileRows * 16);
+      }
       float* at = total + r * kPanel + v * kLanes;
-      store(at, fma(y, scale, load(at)));
+      const int32_t* sums = q.sum(w, block.row + r, group);
+      const Vec y =
+          w.digits == 2 ? group_result<2>(w, header, v, digits, sums) : group_result<1>(w, header, v, digits, sums);
+      store(at, add(load(at), y));
     }
   }
 }

@@ -19,10 +19,22 @@ inline void load_quads(const uint8_t* p, Whole* quads) {
   }
 }
 
-// Zero points of one vector of columns; a format without them has one for all.
-inline Whole zeros_of(const Weight& w, const char* header, int v) {
-  if (!w.zero_points) return broadcast_whole(w.middle());
-  return widen_bytes(reinterpret_cast<const uint8_t*>(header + kPanel * 2 + v * kLanes));
+// What one group adds to a result, for one vector of columns: acc has its whole-number products, one for each
+// digit of the row, `sums` the sums of those digits.
+template <int kDigits>
+inline Vec group_result(const Weight& w, const char* header, int v, const Whole* acc, const int32_t* sums) {
+  const auto* scales = reinterpret_cast<const bf16*>(header);
+  const auto digit = [&](int d) {
+    return to_vec(w.offsets ? acc[d] : sub_whole(acc[d], broadcast_whole(w.middle() * sums[d])));
+  };
+  Vec y = digit(0);
+  float sum = static_cast<float>(sums[0]);
+  if constexpr (kDigits == 2) {
+    y = fma(y, broadcast(128.0f), digit(1));
+    sum = 128 * sum + static_cast<float>(sums[1]);
+  }
+  y = mul(y, load(scales + v * kLanes));
+  return w.offsets ? fma(broadcast(sum), load(scales + kPanel + v * kLanes), y) : y;
 }
 
 template <int kBits, int kDigits, int kRows>
@@ -50,16 +62,11 @@ inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q,
         }
       }
     }
-    for (int v = 0; v < kVectors; v++) {
-      const Vec scale = load(reinterpret_cast<const bf16*>(header) + v * kLanes);
-      const Whole zeros = zeros_of(w, header, v);
-      for (int r = 0; r < kRows; r++) {
-        const int32_t* sums = q.sum(w, row + r, group);
-        Vec y = to_vec(sub_whole(acc[r][0][v], mul_whole(zeros, broadcast_whole(sums[0]))));
-        if constexpr (kDigits == 2) {
-          y = fma(y, broadcast(128.0f), to_vec(sub_whole(acc[r][1][v], mul_whole(zeros, broadcast_whole(sums[1])))));
-        }
-        total[r][v] = fma(y, scale, total[r][v]);
+    for (int r = 0; r < kRows; r++) {
+      for (int v = 0; v < kVectors; v++) {
+        Whole digits[kDigits];
+        for (int d = 0; d < kDigits; d++) digits[d] = acc[r][d][v];
+        total[r][v] = add(total[r][v], group_result<kDigits>(w, header, v, digits, q.sum(w, row + r, group)));
       }
     }
   }

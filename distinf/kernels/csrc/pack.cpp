@@ -20,40 +20,43 @@ void pack_panel_bf16(const T* src, int64_t stride, const Weight& w, int64_t pane
   }
 }
 
+// A number n stands for scale * n + offset.
 struct Grid {
-  float scale;
-  int zero;
+  float scale, offset;
 };
 
-// The grid that a group of numbers is rounded to. bf16 scales are what is stored, so they are what is rounded with.
+// The grid that a group of weights is rounded to. bf16 scales and offsets are what is stored, so they are what is
+// rounded with.
 template <class T>
 Grid grid_of(const T* x, int64_t n, const Weight& w) {
-  float low = 0, high = 0;  // zero is always on the grid
-  for (int64_t i = 0; i < n; i++) {
+  float low = to_float(x[0]), high = low;
+  for (int64_t i = 1; i < n; i++) {
     low = std::min(low, to_float(x[i]));
     high = std::max(high, to_float(x[i]));
   }
   const auto rounded = [](float x) { return to_float(to_bf16(x)); };
-  if (w.zero_points) {
-    const int last = (1 << w.bits) - 1;
-    const float scale = rounded((high - low) / static_cast<float>(last));
-    return {scale, scale > 0 ? std::clamp(static_cast<int>(std::lround(-low / scale)), 0, last) : 0};
-  }
-  if (w.bits == 8) return {rounded(std::max(high, -low) / 127), w.middle()};
-  // Sixteen steps have one more below zero than above: the larger side gets it, by the sign of the scale.
-  return {rounded((high > -low ? high : low) / -8), w.middle()};
+  if (w.offsets) return {rounded((high - low) / static_cast<float>((1 << w.bits) - 1)), rounded(low)};
+  low = std::min(low, 0.0f);
+  high = std::max(high, 0.0f);
+  // Of eight bits 255 steps are used, as many above zero as below. Sixteen steps have one more below zero: the
+  // larger side gets it, by the sign of the scale.
+  const float scale = rounded(w.bits == 8 ? std::max(high, -low) / 127 : (high > -low ? high : low) / -8);
+  return {scale, -scale * static_cast<float>(w.middle())};
 }
 
 template <class T>
 void pack_group(const T* x, int64_t n, const Weight& w, char* group, int64_t column) {
   const Grid grid = grid_of(x, n, w);
   reinterpret_cast<bf16*>(group)[column] = to_bf16(grid.scale);
-  if (w.zero_points) reinterpret_cast<uint8_t*>(group + kPanel * 2)[column] = static_cast<uint8_t>(grid.zero);
+  if (w.offsets) reinterpret_cast<bf16*>(group)[kPanel + column] = to_bf16(grid.offset);
   auto* numbers = reinterpret_cast<uint8_t*>(group + w.group_header_bytes());
   const float inverse = grid.scale != 0 ? 1 / grid.scale : 0;
-  const int last = (1 << w.bits) - 1, first = w.bits == 8 && !w.zero_points ? 1 : 0;  // -127 .. 127
+  const int last = (1 << w.bits) - 1, first = w.bits == 8 && !w.offsets ? 1 : 0;
   for (int64_t i = 0; i < n; i++) {
-    const int number = std::clamp(grid.zero + static_cast<int>(std::lrint(to_float(x[i]) * inverse)), first, last);
+    // Without offsets the middle is added after rounding: it is a whole number.
+    const float steps = w.offsets ? (to_float(x[i]) - grid.offset) * inverse : to_float(x[i]) * inverse;
+    const int middle = w.offsets || grid.scale == 0 ? 0 : w.middle();
+    const int number = std::clamp(middle + static_cast<int>(std::lrint(steps)), first, last);
     if (w.bits == 8) {
       numbers[(i / 4 * kPanel + column) * 4 + i % 4] = static_cast<uint8_t>(number);
     } else {

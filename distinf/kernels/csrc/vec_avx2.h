@@ -82,13 +82,9 @@ using Whole = __m256i;
 inline Whole zero_whole() { return _mm256_setzero_si256(); }
 inline Whole broadcast_whole(int32_t x) { return _mm256_set1_epi32(x); }
 inline Whole load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Whole widen_bytes(const uint8_t* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
 inline Whole low_nibbles(Whole x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Whole high_nibbles(Whole x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 inline Whole sub_whole(Whole a, Whole b) { return _mm256_sub_epi32(a, b); }
-inline Whole mul_whole(Whole a, Whole b) { return _mm256_mullo_epi32(a, b); }
 inline Vec to_vec(Whole x) { return _mm256_cvtepi32_ps(x); }
 inline Whole to_whole(Vec v) { return _mm256_cvtps_epi32(v); }
 inline Whole add_whole(Whole a, Whole b) { return _mm256_add_epi32(a, b); }

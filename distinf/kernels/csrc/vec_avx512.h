@@ -89,13 +89,9 @@ using Whole = __m512i;
 inline Whole zero_whole() { return _mm512_setzero_si512(); }
 inline Whole broadcast_whole(int32_t x) { return _mm512_set1_epi32(x); }
 inline Whole load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Whole widen_bytes(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 inline Whole low_nibbles(Whole x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Whole high_nibbles(Whole x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 inline Whole sub_whole(Whole a, Whole b) { return _mm512_sub_epi32(a, b); }
-inline Whole mul_whole(Whole a, Whole b) { return _mm512_mullo_epi32(a, b); }
 inline Vec to_vec(Whole x) { return _mm512_cvtepi32_ps(x); }
 inline Whole to_whole(Vec v) { return _mm512_cvtps_epi32(v); }
 inline Whole add_whole(Whole a, Whole b) { return _mm512_add_epi32(a, b); }
