@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from distinf import comm
-from distinf.comm import Group, InputError, agreed
+from distinf.comm import Group, InputError, agreed, segment
 from distinf.comm.shm import ShmGroup
 from distinf.kernels import Placement, load, native
 from distinf.kernels.formats import FORMATS
@@ -114,6 +117,48 @@ def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
         bias = torch.full((32,), float(height)) if height and group.rank == 0 else None
         y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group))
         assert torch.equal(y, torch.full((2, 32), 8.0 + height))
+
+
+@needs_extension
+@pytest.mark.parametrize("what", ["no directory", "no room", "another process"])
+def test_without_shared_memory_mpi_is_used_and_says_what_was_needed(
+    group: Group, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = group.rank == group.world_size - 1
+
+    def full(fd: int, begin: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "no directory":
+        monkeypatch.setattr(segment, "DIRECTORY", "/nowhere")
+    elif what == "no room" and last:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    elif what == "another process":
+        if group.world_size == 1:
+            pytest.skip("one rank opens nobody's memory")
+        monkeypatch.setattr(segment, "_identity", lambda fd: (0, group.rank))
+    other = comm.init("shm")
+    assert other.name == "mpi"
+    x = torch.ones(5)
+    other.all_reduce_(x)
+    assert torch.equal(x, torch.full((5,), float(group.world_size)))
+    if group.rank == 0:
+        (message,) = caplog.messages
+        needed = native.AllReduce.memory_bytes(group.world_size) / 1e6
+        expected = {
+            "no directory": "/nowhere",
+            "no room": f"{needed:.1f} MB are needed",
+            "another process": "do not see each other",
+        }[what]
+        assert "--comm mpi is used" in message and expected in message
+
+
+@needs_extension
+def test_shared_memory_has_no_name_that_could_stay(group: Group) -> None:
+    kept = comm.init("shm")
+    start = f"{kept._memory.data_ptr():x}-"
+    (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(start)]
+    assert kept.name == "shm" and segment.DIRECTORY in line and line.endswith("(deleted)")
 
 
 def test_all_gather_is_in_rank_order(group: Group) -> None:
