@@ -62,6 +62,14 @@ def test_fp32_tokens_equal_transformers_at_every_world_size(smollm2: Path, promp
         assert generate(n, prompt, 64, "--dtype", "fp32", *flags) == expected, (n, flags)
 
 
+@pytest.mark.parametrize("n, name", [(3, "shm"), (4, "mpi")])
+def test_logits_are_the_same_bits_in_every_run(tiny_llama: Path, n: int, name: str) -> None:
+    """Sums are formed in the ranks' order, whoever comes first."""
+    digests = [run(ranks(n, "python", "tests/support/logits_digest.py", tiny_llama, name)).stdout for _ in range(2)]
+    assert digests[0].split()[0] == name and len(digests[0].split()[1]) == 64
+    assert digests[0] == digests[1]
+
+
 def test_bf16_tokens_agree_up_to_proven_ties(smollm2: Path, prompt: list[int]) -> None:
     """All world sizes against transformers bf16, 32 tokens: the first difference, if any, must be a tie."""
     expected = greedy(oracle(smollm2, torch.bfloat16), prompt, 32)
