@@ -8,12 +8,19 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from distinf.comm.ccl import CclGroup
 from distinf.comm.mpi import MPIGroup
 from distinf.comm.single import SingleGroup
+from distinf.comm.torch_ccl import TorchCclGroup
 
 T = TypeVar("T")
 
-BACKENDS: dict[str, Callable[[], Group]] = {"single": SingleGroup, "mpi": MPIGroup}
+BACKENDS: dict[str, Callable[[], Group]] = {
+    "single": SingleGroup,
+    "mpi": MPIGroup,
+    "ccl": CclGroup,
+    "torch-ccl": TorchCclGroup,
+}
 
 # What launchers leave in the environment of a rank: Intel MPI and MPICH (also under srun --mpi=pmi2), PMIx
 # (srun --mpi=pmix), Open MPI.
@@ -64,7 +71,7 @@ def launched_rank() -> int | None:
 def init(name: str = "auto") -> Group:
     """The group of this job by `--comm`: auto takes mpi under a launcher and single without one.
 
-    Raises ValueError for an unknown name, for mpi without a usable MPI library, and under srun without PMI.
+    Raises ValueError for an unknown name, without the libraries that a backend needs, and under srun without PMI.
     """
     if name == "auto":
         if launched_rank() is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:

@@ -17,7 +17,7 @@ class MPIGroup:
         try:
             from mpi4py import MPI  # loading it starts MPI, which a lone process must not need
         except (ImportError, RuntimeError) as error:
-            raise ValueError(f"--comm mpi: no usable MPI library ({error}); install impi-rt") from None
+            raise ValueError(f"--comm {self.name}: no usable MPI library ({error}); install impi-rt") from None
         self._mpi = MPI
         self._comm = MPI.COMM_WORLD
         self.rank = self._comm.Get_rank()

@@ -7,11 +7,14 @@ import torch
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
+from tests.conftest import need
 
 
-@pytest.fixture(scope="module")
-def group() -> Group:
-    return comm.init()
+@pytest.fixture(scope="module", params=["auto", "ccl", "torch-ccl"])
+def group(request: pytest.FixtureRequest) -> Group:
+    """The group of each backend in turn."""
+    need(request.param)
+    return comm.init(request.param)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 2048), (300, 576)])
