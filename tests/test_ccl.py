@@ -35,6 +35,7 @@ def test_missing_bindings_are_named() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("missing_on, end", [((0, 1), '"distinf[ccl]"'), ((1,), '"distinf[ccl]" (rank 1)')])
 def test_a_missing_library_is_one_line_on_many_ranks(tmp_path: Path, missing_on: tuple[int, ...], end: str) -> None:
+    need("ccl")
     (tmp_path / "script.py").write_text(
         "from distinf import cli, comm; from distinf.comm import ccl\n"
         f"if comm.launched_rank() in {missing_on}: ccl.LIBRARY = 'libccl_gone.so.1'\n"

@@ -4,8 +4,6 @@
 ALL_REDUCE_FP32: int
 ALL_REDUCE_BF16: int
 
-def init() -> None: ...
-
 class Store:
     def __init__(self, address: bytes = ...) -> None: ...
     @property

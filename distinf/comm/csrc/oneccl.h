@@ -13,11 +13,9 @@ enum class datatype : int { float32 = 9, bfloat16 = 11 };
 enum class reduction : int { sum = 0 };
 
 // Passed by reference only; the library has a default object of each.
-struct init_attr;
 struct kvs_attr;
 struct comm_attr;
 struct allreduce_attr;
-extern init_attr default_init_attr;
 extern kvs_attr default_kvs_attr;
 extern comm_attr default_comm_attr;
 extern allreduce_attr default_allreduce_attr;
@@ -43,7 +41,6 @@ struct event {
   void* impl;
 };
 
-void init(const init_attr&);
 std::shared_ptr<kvs> create_main_kvs(const kvs_attr&);
 std::shared_ptr<kvs> create_kvs(const std::array<char, 256>& address, const kvs_attr&);
 communicator create_communicator(int size, int rank, std::shared_ptr<kvs_interface>, const comm_attr&);
