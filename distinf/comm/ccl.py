@@ -68,7 +68,7 @@ def settings(transport: str, folder: Path) -> dict[str, str]:
     chosen = {
         "CCL_ATL_TRANSPORT": transport,
         # No thread of its own, which would sit on the rank's last core, where one of ours computes. The rank that waits
-        # makes the progress. 16 KiB between 2 ranks of one core each, that other programs use too: 10 us, with a thread 38 ms.
+        # makes the progress. 16 KiB, 2 ranks of one core each on a busy machine: 10 us, and 38 ms with such a thread.
         "CCL_WORKER_OFFLOAD": "0",
         # It warns of every variable that is set. One line about this one remains.
         "CCL_LOG_LEVEL": "error",
