@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distinf import LLM
-from tests.conftest import REPO, ranks, run
+from tests.conftest import REPO, need, ranks, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -143,9 +143,11 @@ def rank_processes(root: psutil.Process) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("n, victim", [(2, 1), (2, 0), (3, 2)])
-def test_killing_a_rank_ends_the_job_and_names_it(n: int, victim: int) -> None:
-    command = ranks(n, "generate", "--prompt", "Once upon a time", "--max-new-tokens", 4000, "--ignore-eos")
+@pytest.mark.parametrize("n, victim, comm", [(2, 1, "mpi"), (2, 0, "mpi"), (3, 2, "mpi"), (2, 1, "ccl")])
+def test_killing_a_rank_ends_the_job_and_names_it(n: int, victim: int, comm: str) -> None:
+    need(comm)
+    prompt = ["--prompt", "Once upon a time", "--max-new-tokens", 4000, "--ignore-eos"]
+    command = ranks(n, "generate", *prompt, "--comm", comm)
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO)
     try:
         assert job.stdout is not None

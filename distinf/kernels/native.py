@@ -23,7 +23,6 @@ try:
 except ImportError as error:  # a source tree that was never built
     _MISSING = str(error)
 
-AVAILABLE = not _MISSING
 BF16 = torch.bfloat16
 FP32 = torch.float32
 
@@ -36,6 +35,9 @@ def available_isas() -> list[str]:
     if _MISSING:
         return []
     return [name for name in _LEVELS if _native.isa_available(getattr(_native.Isa, name))]
+
+
+AVAILABLE = bool(available_isas())
 
 
 def best_isa() -> str | None:

@@ -15,6 +15,7 @@ from distinf.comm import Group, InputError, agreed, segment
 from distinf.comm.shm import ShmGroup
 from distinf.kernels import Placement, load, native
 from distinf.kernels.formats import FORMATS
+from tests.conftest import need
 
 needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
 
@@ -37,13 +38,14 @@ def group() -> Group:
         pytest.param(
             (kind, wire), marks=[] if kind == "mpi" and wire == "fp32" else needs_extension, id=f"{kind}-{wire}"
         )
-        for kind in ("mpi", "shm", "pairs")
+        for kind in ("mpi", "shm", "pairs", "ccl", "torch-ccl")
         for wire in ("fp32", "bf16")
     ],
 )
 def wired(request: pytest.FixtureRequest) -> tuple[Group, str]:
     """A group that sums in one of the ways, and what its partial sums are rounded to."""
     kind, wire = request.param
+    need(kind)
     return (PairsAreNodes(wire == "bf16") if kind == "pairs" else comm.init(kind, wire)), wire
 
 
@@ -117,6 +119,16 @@ def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
         bias = torch.full((32,), float(height)) if height and group.rank == 0 else None
         y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group))
         assert torch.equal(y, torch.full((2, 32), 8.0 + height))
+
+
+@pytest.mark.parametrize("name", ["mpi", "shm", "ccl"])
+def test_several_groups_at_once(name: str) -> None:
+    need(name)
+    first, second = comm.init(name), comm.init(name)
+    for each in (first, second, first):
+        x = torch.ones(5)
+        each.all_reduce_(x)
+        assert torch.equal(x, torch.full((5,), float(each.world_size)))
 
 
 @needs_extension
