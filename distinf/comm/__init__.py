@@ -11,7 +11,7 @@ import torch
 
 from distinf.comm.ccl import CclGroup
 from distinf.comm.mpi import MPIGroup
-from distinf.comm.shm import NoSharedMemory, ShmGroup
+from distinf.comm.shm import NoSharedMemory, ShmCclGroup, ShmGroup
 from distinf.comm.single import SingleGroup
 from distinf.comm.torch_ccl import TorchCclGroup
 from distinf.kernels import native
@@ -23,6 +23,7 @@ BACKENDS: dict[str, Callable[[bool], Group]] = {
     "single": SingleGroup,
     "mpi": MPIGroup,
     "shm": ShmGroup,
+    "shm+ccl": ShmCclGroup,
     "ccl": CclGroup,
     "torch-ccl": TorchCclGroup,
 }

@@ -21,19 +21,30 @@ class CclGroup(MPIGroup):
     name = "ccl"
 
     def _all_reduce(self, wire_bf16: bool) -> Any:
-        """Start oneCCL. Raises ValueError, on every rank, where one finds no library."""
-        from distinf.comm import agreed  # which imports this file
-
-        transport = "ofi" if "Open MPI" in self._mpi.Get_library_version() else "mpi"
-        folder = Path(sys.prefix, "lib")
-        for name, value in settings(os.environ.get("CCL_ATL_TRANSPORT", transport), folder).items():
-            os.environ.setdefault(name, value)
-        library = agreed(self, lambda: load(folder))
-        store = library.Store() if self.rank == 0 else None
-        address = self.broadcast_object(store.address if store else None)
-        self._communicator = library.Communicator(store or library.Store(address), self.rank, self.world_size)
-        calls = native.ReduceCalls(library.ALL_REDUCE_FP32, library.ALL_REDUCE_BF16, self._communicator.context)
+        """Raises ValueError, on every rank, where one finds no library."""
+        self._communicator, calls = connect(self, self.rank, self.world_size)
         return self._alone(wire_bf16, calls)
+
+
+def connect(group: MPIGroup, rank: int | None, ranks: int) -> tuple[Any, Any]:
+    """oneCCL's communicator of `ranks` ranks of the group and its calls for native code, which hold as long as it does.
+
+    `rank` is this one's number among them, 0 on the group's first; None: not one of them, and gets (None, None).
+    Collective over the group. Raises ValueError, on every rank, where one finds no library.
+    """
+    from distinf.comm import agreed  # which imports this file
+
+    transport = "ofi" if group.over_open_mpi else "mpi"
+    folder = Path(sys.prefix, "lib")
+    for name, value in settings(os.environ.get("CCL_ATL_TRANSPORT", transport), folder).items():
+        os.environ.setdefault(name, value)
+    library = agreed(group, lambda: load(folder))
+    store = library.Store() if group.rank == 0 else None
+    address = group.broadcast_object(store.address if store else None)
+    if rank is None:
+        return None, None
+    communicator = library.Communicator(store or library.Store(address), rank, ranks)
+    return communicator, native.ReduceCalls(library.ALL_REDUCE_FP32, library.ALL_REDUCE_BF16, communicator.context)
 
 
 def settings(transport: str, folder: Path) -> dict[str, str]:

@@ -59,6 +59,11 @@ class MPIGroup:
             nodes=own.Get_size(),
         )
 
+    @property
+    def over_open_mpi(self) -> bool:
+        """Whether the MPI library is Open MPI; else it is Intel MPI or MPICH."""
+        return "Open MPI" in self._mpi.Get_library_version()
+
     def all_reduce_(self, x: torch.Tensor) -> None:
         assert x.dtype == torch.float32 and x.is_contiguous()
         if self.native:

@@ -12,7 +12,7 @@ import torch
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed, segment
-from distinf.comm.shm import ShmGroup
+from distinf.comm.shm import ShmCclGroup, ShmGroup
 from distinf.kernels import Placement, load, native
 from distinf.kernels.formats import FORMATS
 from tests.conftest import need
@@ -20,11 +20,25 @@ from tests.conftest import need
 needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
 
 
-class PairsAreNodes(ShmGroup):
+class PairsAreNodes:
     """Ranks 0 and 1 on one node, the next two on another: two levels, on whatever machine this is."""
+
+    _comm: Any
+    rank: int
 
     def _node(self) -> Any:
         return self._comm.Split(self.rank // 2, self.rank)
+
+
+class Pairs(PairsAreNodes, ShmGroup):
+    pass
+
+
+class PairsOverCcl(PairsAreNodes, ShmCclGroup):
+    pass
+
+
+PAIRS: dict[str, type[ShmGroup]] = {"pairs": Pairs, "pairs+ccl": PairsOverCcl}
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +52,15 @@ def group() -> Group:
         pytest.param(
             (kind, wire), marks=[] if kind == "mpi" and wire == "fp32" else needs_extension, id=f"{kind}-{wire}"
         )
-        for kind in ("mpi", "shm", "pairs", "ccl", "torch-ccl")
+        for kind in ("mpi", "shm", "pairs", "ccl", "pairs+ccl", "torch-ccl")
         for wire in ("fp32", "bf16")
     ],
 )
 def wired(request: pytest.FixtureRequest) -> tuple[Group, str]:
     """A group that sums in one of the ways, and what its partial sums are rounded to."""
     kind, wire = request.param
-    need(kind)
-    return (PairsAreNodes(wire == "bf16") if kind == "pairs" else comm.init(kind, wire)), wire
+    need(kind.removeprefix("pairs+"))
+    return (PAIRS[kind](wire == "bf16") if kind in PAIRS else comm.init(kind, wire)), wire
 
 
 def parts_of(group: Group, *shape: int, seed: int = 0) -> list[torch.Tensor]:
