@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,9 +42,7 @@ class MPIGroup:
 
     def _calls(self, comm: Any) -> Any:
         """The MPI library's own functions and handles, for native code: csrc/inter_node.h. Collective over `comm`."""
-        with Path("/proc/self/maps").open() as maps:
-            libraries = {line.split()[-1] for line in maps if "/libmpi.so" in line}
-        library = ctypes.CDLL(libraries.pop())
+        library = ctypes.CDLL(self._mpi.__file__)  # and what it is linked to
         mpi, own = self._mpi, comm.Dup()
         own.Set_errhandler(mpi.ERRORS_ARE_FATAL)  # a failure in the middle of a step leaves nothing to go on with
         return native.MpiCalls(
