@@ -175,9 +175,10 @@ def check_attention(
     expected = _reference(torch.float32).attention(q.float(), cache, batch, group, offset, window)
     y = kernels.attention(q, cache, batch, group, offset, window)
     tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window)
-    if _rounds_on_the_way(kernels):  # the probabilities to bf16
+    rounding = _rounding_of_weights(kernels, max(new) * min(group, heads))
+    if rounding:
         sizes = replace(cache, v=cache.v.abs())
-        tolerance += BF16_ULP * _reference(torch.float32).attention(q.float(), sizes, batch, group, offset, window)
+        tolerance += rounding * _reference(torch.float32).attention(q.float(), sizes, batch, group, offset, window)
     assert ((y.float() - expected).abs() <= tolerance).all(), (y.float() - expected).abs().max()
     assert torch.equal(kernels.attention(q, cache, batch, group, offset, window), y), "not the same twice"
 
@@ -235,6 +236,16 @@ def _rounds_on_the_way(kernels: Any) -> bool:
     return bool(kernels.name == "ipex")
 
 
+def _rounding_of_weights(kernels: Any, queries: int) -> float:
+    """What attention changes a softmax weight by, relatively, on its way to the product with the values.
+
+    `queries` of a sequence share a KV head. AMX tiles (csrc/attention_amx.cpp) round to the nearest bf16.
+    """
+    if kernels.isa == "amx" and queries > 8:
+        return BF16_ULP / 2
+    return BF16_ULP if _rounds_on_the_way(kernels) else 0.0
+
+
 def _reference(dtype: torch.dtype) -> ReferenceKernels:
     return ReferenceKernels(dtype, threads=1)
 
@@ -262,7 +273,7 @@ ATTENTION_CASES: list[dict[str, Any]] = [
 KV_DTYPES = [torch.bfloat16, torch.int8]
 
 
-def check_everything(kernels: Any) -> None:
+def check_linears(kernels: Any) -> None:
     """Every case, for a process of its own."""
     for m, n, k in LINEAR_SHAPES:
         check_linear(kernels, m, n, k, bias=False, out_dtype=torch.float32)
@@ -270,6 +281,11 @@ def check_everything(kernels: Any) -> None:
     for form in QUANTISED:
         for m, n, k in QUANTISED_SHAPES:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
-    for case in ATTENTION_CASES:
-        for kv_dtype in KV_DTYPES:
+
+
+def check_attentions(kernels: Any) -> None:
+    """Every case, for a process of its own."""
+    for kv_dtype in KV_DTYPES:
+        for case in ATTENTION_CASES:
             check_attention(kernels, **case, kv_dtype=kv_dtype)
+        check_causality(kernels, kv_dtype)
