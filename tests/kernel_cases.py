@@ -269,6 +269,9 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     dict(lengths=[140], new=[3], heads=71, group=71, offset=0, head_dim=32, window=0),
     dict(lengths=[500], new=[200], heads=6, group=3, offset=0, head_dim=64, window=100),
     dict(lengths=[400, 90, 9, 130], new=[1, 80, 1, 130], heads=5, group=4, offset=3, head_dim=64, window=0),
+    # Most queries that attention_amx.cpp leaves to vectors, and fewest that it does not.
+    dict(lengths=[100], new=[8], heads=1, group=1, offset=0, head_dim=64, window=0),
+    dict(lengths=[100], new=[9], heads=1, group=1, offset=0, head_dim=64, window=40),
 ]
 KV_DTYPES = [torch.bfloat16, torch.int8]
 
