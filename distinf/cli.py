@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
-    parser.add_argument("--head-dtype", metavar="DTYPE", help="weights of the head (default: as --dtype)")
+    parser.add_argument("--head-dtype", metavar="DTYPE", help="of the head (default: as --dtype; int8 for w8a8)")
     parser.add_argument(
         "--group-size",
         type=int,

@@ -178,12 +178,10 @@ PYBIND11_MODULE(_native, m) {
           }));
 
   bind_all_reduce(m);
-  py::class_<StepProgram>(m, "StepProgram").def(py::init<>()).def("__len__", &StepProgram::size);
+  py::class_<StepProgram>(m, "StepProgram").def(py::init<>());
 
   py::class_<Runtime>(m, "Runtime")
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
-      .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
-      .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
       .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
