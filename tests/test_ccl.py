@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,11 @@ def test_a_missing_library_is_one_line_on_many_ranks(tmp_path: Path, missing_on:
     lines = [line for line in done.stderr.splitlines() if "distinf: error:" in line]
     assert len(lines) == 1 and "--comm ccl: oneCCL not found (libccl_gone.so.1: " in lines[0] and lines[0].endswith(end)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_stdout_is_free_of_what_oneccl_says() -> None:
+    need("ccl")
+    done = run(ranks(2, "info", "--json", "--comm", "ccl"))
+    assert json.loads(done.stdout)["world_size"] == 2

@@ -11,6 +11,7 @@ from typing import Any
 
 from distinf.comm.mpi import MPIGroup
 from distinf.kernels import native
+from distinf.stdio import stdout_to_stderr
 
 LIBRARY = "libccl.so.1"
 
@@ -39,11 +40,12 @@ def connect(group: MPIGroup, rank: int | None, ranks: int) -> tuple[Any, Any]:
     for name, value in settings(os.environ.get("CCL_ATL_TRANSPORT", transport), folder).items():
         os.environ.setdefault(name, value)
     library = agreed(group, lambda: load(folder))
-    store = library.Store() if group.rank == 0 else None
-    address = group.broadcast_object(store.address if store else None)
-    if rank is None:
-        return None, None
-    communicator = library.Communicator(store or library.Store(address), rank, ranks)
+    with stdout_to_stderr():  # it prints its warnings
+        store = library.Store() if group.rank == 0 else None
+        address = group.broadcast_object(store.address if store else None)
+        if rank is None:
+            return None, None
+        communicator = library.Communicator(store or library.Store(address), rank, ranks)
     return communicator, native.ReduceCalls(library.ALL_REDUCE_FP32, library.ALL_REDUCE_BF16, communicator.context)
 
 

@@ -47,8 +47,8 @@ class Communicator {
   void all_reduce(void* data, int64_t n, ccl::v1::datatype type) {
     ccl::v1::event done =
         ccl::v1::allreduce(data, data, n, type, ccl::v1::reduction::sum, comm_, ccl::v1::default_allreduce_attr, {});
-    // oneCCL's own wait never gives its core away: 4 ranks on 2 cores then take 50-80 ms instead of 0.06 for 16 KiB. A poll
-    // costs more than a yield to nobody, so that ranks with a core each lose nothing (2 ranks: 10-11 us both ways).
+    // oneCCL's own wait never gives its core away: 4 ranks on 2 cores then take 50-80 ms instead of 0.06 for 16 KiB. A
+    // poll costs more than a yield to nobody, so that ranks with a core each lose nothing (2 ranks: 10-11 us both ways).
     while (!done.test()) sched_yield();
   }
 
