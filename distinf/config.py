@@ -52,6 +52,7 @@ DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
 KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
+MEMBINDS = ("auto", "hbm", "off")
 COMMS = ("auto", "single", "mpi", "shm", "shm+ccl", "ccl", "torch-ccl")
 COMM_DTYPES = ("fp32", "bf16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -72,6 +73,7 @@ class RunConfig:
     load_format: str = "auto"
     capture: bool = True  # record the decode step once and replay it
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
+    membind: str = "auto"  # memory policy: of the cores' NUMA node, of the nearest HBM, or not set
 
     def __post_init__(self) -> None:
         for flag, value, known in (
@@ -81,6 +83,7 @@ class RunConfig:
             ("--isa", self.isa, ISAS),
             ("--load-format", self.load_format, LOAD_FORMATS),
             ("--kv-dtype", self.kv_dtype, KV_DTYPES),
+            ("--membind", self.membind, MEMBINDS),
         ):
             if value not in known:
                 raise ValueError(f"{flag} {value!r} is unknown; expected one of {', '.join(known)}")

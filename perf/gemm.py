@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from gemm_contenders import MANY_ROWS, Contender, Ours, Torch
 
-from distinf import topology
+from distinf.binding import allowed_cores
 from distinf.cli import add_model_arguments, run_ranks
 from distinf.comm import Group, InputError
 from distinf.kernels import native
@@ -106,10 +106,10 @@ def checked(args: argparse.Namespace, group: Group) -> tuple[list[int], tuple[in
     for flag in ("tp", "rounds"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag} {getattr(args, flag)}: expected 1 or more")
-    cores, _ = topology.place([topology.allowed_cores()], 0, args.threads)
-    if -1 in cores:
-        raise InputError(f"--threads {args.threads}: this process has {len(topology.allowed_cores())} cores")
-    return rows, cores
+    cores = allowed_cores()
+    if not 0 <= args.threads <= len(cores):
+        raise InputError(f"--threads {args.threads}: this process has {len(cores)} cores")
+    return rows, tuple(cores[: args.threads or None])
 
 
 def layers_past_the_cache(args: argparse.Namespace) -> int:

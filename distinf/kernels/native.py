@@ -119,6 +119,9 @@ class NativeKernels:
         self._rt = _native.Runtime(getattr(_native.Isa, isa), cpus, oversubscribed)
         self._recording: NativeStep | None = None
 
+    def thread_ids(self) -> list[int]:
+        return self._rt.thread_ids()
+
     def record(self, forward: Callable[[], torch.Tensor]) -> NativeStep:
         step = NativeStep(self._rt)
         self._recording = step

@@ -1,6 +1,7 @@
 // The Python module: operations on raw addresses. distinf/kernels/native.py checks shapes and dtypes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <cstring>
 
@@ -148,6 +149,13 @@ void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, uintptr_t out, int64
   });
 }
 
+// Of each thread of the team, by the kernel: by the time that it answers it has been pinned.
+std::vector<int> thread_ids(Runtime& rt) {
+  std::vector<int> ids(rt.team.size());
+  rt.team.run([&](const Worker& w) { ids[w.index] = gettid(); });
+  return ids;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -182,6 +190,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<Runtime>(m, "Runtime")
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
+      .def("thread_ids", &thread_ids)
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
       .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
