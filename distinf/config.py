@@ -48,7 +48,7 @@ class ModelConfig:
             raise ValueError(f"config: rotary dimension {self.rope.dim} is odd or above head_dim {self.head_dim}")
 
 
-DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
+DTYPES = ("auto", "fp32", "bf16", "int8", "w8a8", "int4")
 KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
@@ -60,7 +60,7 @@ LOAD_FORMATS = ("auto", "dummy")
 class RunConfig:
     """Choices of one run, the same on every rank; `check` in cli and LLM has compared them across ranks."""
 
-    dtype: str = "bf16"  # of the linears' weights
+    dtype: str = "bf16"  # of the linears' weights; auto: as the checkpoint has them
     head_dtype: str | None = None  # of the head's; None: like the rest
     group_size: int | None = None  # input features that share a scale; None: the dtype's own
     zero_points: bool = False

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,15 +17,15 @@ from distinf.comm import Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.engine import Engine, Sequence
 from distinf.kernels import Kernels, Placement
-from distinf.kv_cache import KVCache
-from distinf.memory import MemoryNeed, available_bytes, check_memory
-from distinf.models import Model, family
+from distinf.memory import available_bytes, check_memory
+from distinf.models import Model
 from distinf.models.params import Weights
+from distinf.plan import Plan, parse
 from distinf.sampling import SamplingParams
-from distinf.shard import ShardPlan, parse_shares
+from distinf.shard import parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
-from distinf.weights.load import Cuts, Formats, check_groups, load_weights, weight_bytes
+from distinf.weights.load import Loader, load_weights
 
 
 @dataclass(frozen=True)
@@ -64,37 +63,24 @@ def load_model(
     `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. Raises InputError on
     every rank for anything that one of them cannot load.
     """
-    known, config = agreed(group, lambda: _parse(checkpoint))
+    _, config = agreed(group, lambda: parse(checkpoint.config))
     _check_same(group, config, run)
     placement = place(group, run.threads)
     kernels = agreed(group, lambda: kernel_library.load(run.kernels, run.isa, run.dtype, placement))
-    plan = agreed(
-        group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
-    )
-    shard, params, show = plan.shards[group.rank], known.params(config), progress and group.rank == 0
-    formats = agreed(group, lambda: Formats.of(run))
-    cuts = Cuts(config, shard)
-    agreed(group, lambda: check_groups(params, cuts, formats))
-    need = MemoryNeed(
-        weights=weight_bytes(params, cuts, formats, kernels.act_dtype),
-        kv_cache=kv_tokens
-        * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)),
-        kv_tokens=kv_tokens,
-    )
-    needs, mates = group.all_gather_object(need), group.node_mates()
+    plan = agreed(group, lambda: Plan.of(checkpoint, run))
+    needs = group.all_gather_object(plan.need(group.rank, kv_tokens, kernels.act_dtype))
+    mates = group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
-    weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
-    return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
+    cores = [cpu for cpu in placement.cpus if cpu >= 0]
+    loader = Loader(checkpoint, plan.params, plan.cuts(group.rank), group.rank, kernels, plan.formats, cores)
+    weights = agreed(group, lambda: load_weights(loader, progress and group.rank == 0))
+    model = plan.family.build(config, plan.shards[group.rank], weights, kernels, group)
+    return LoadedModel(model, kernels, weights)
 
 
 def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
     """What `--kv-dtype` means for these kernels: keys and values as they are computed, or int8."""
     return torch.int8 if run.kv_dtype == "int8" else kernels.act_dtype
-
-
-def _parse(checkpoint: Checkpoint) -> tuple[Any, ModelConfig]:
-    known = family(str(checkpoint.config["model_type"]))
-    return known, known.config_from_hf(checkpoint.config)
 
 
 def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
@@ -136,8 +122,9 @@ class LLM:
     ) -> None:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
-        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
-        and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
+        `dtype` is auto (as the checkpoint has it), fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None:
+        the same); `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV
+        cache. `shares` is one
         number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights of the shape in
         `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture` False
         runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all

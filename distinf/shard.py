@@ -88,19 +88,26 @@ class ShardPlan:
     shards: tuple[Shard, ...]
 
     @staticmethod
-    def build(n_heads: int, n_kv_heads: int, ffn: int, vocab: int, shares: Sequence[Fraction | int]) -> ShardPlan:
-        """Plan for `len(shares)` ranks.
+    def build(
+        n_heads: int,
+        n_kv_heads: int,
+        ffn: int,
+        vocab: int,
+        shares: Sequence[Fraction | int],
+        ffn_multiple: int = TILE,
+    ) -> ShardPlan:
+        """Plan for `len(shares)` ranks; FFN ranges end on multiples of `ffn_multiple`, a multiple of TILE.
 
         Raises ValueError when a rank with a share above zero would get neither heads nor FFN columns.
         """
         heads = split_heads(n_heads, n_kv_heads, shares)
-        ffns = split(ffn, shares, TILE)
+        ffns = split(ffn, shares, ffn_multiple)
         vocabs = split(vocab, shares, TILE)
         shards = tuple(Shard(h.q, h.kv, f, v) for h, f, v in zip(heads, ffns, vocabs, strict=True))
         for rank, (shard, share) in enumerate(zip(shards, shares, strict=True)):
             if share and not shard.q_heads and not shard.ffn:
                 raise ValueError(
                     f"{len(shares)} ranks are more than the model can use: rank {rank} would hold nothing of "
-                    f"{n_heads} heads and {ffn} FFN columns (in units of {TILE})"
+                    f"{n_heads} heads and {ffn} FFN columns (in units of {ffn_multiple})"
                 )
         return ShardPlan(shards)

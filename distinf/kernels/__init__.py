@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from distinf.kernels import ipex, native
-from distinf.kernels.formats import Format
+from distinf.kernels.formats import Format, Numbers
 from distinf.kernels.reference import ReferenceKernels
 
 
@@ -26,6 +26,19 @@ class PackedWeight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that one pass over the weight reads."""
+
+
+class Packer(Protocol):
+    """A weight on its way from rows to packed."""
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        """Rows [m, k] from `row` on: fp32 or bf16, which are quantised as the format says, or ready numbers.
+
+        `row` is a multiple of 32, and so is m unless these are the last rows. Threads may add different rows.
+        """
+
+    def weight(self) -> Any:
+        """The PackedWeight, once every row was added."""
 
 
 class Step(Protocol):
@@ -55,6 +68,9 @@ class Kernels(Protocol):
     isa: str  # instruction set really used
     threads: int
     act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
+
+    def packer(self, n: int, k: int, form: Format) -> Packer:
+        """Memory for an [n, k] weight, to be filled by rows; n or k may be 0."""
 
     def pack(self, weight: torch.Tensor, form: Format) -> Any:
         """[n, k] fp32 or bf16, rows may be strided -> PackedWeight, quantised as `form` says; n or k may be 0."""

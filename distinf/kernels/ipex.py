@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import Format, quantised
-from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.formats import Format, Numbers, quantised
+from distinf.kernels.reference import ReferenceKernels, RowPacker
 
 PACKAGE = "intel-extension-for-pytorch"
 DTYPES = ("bf16", "int8", "int4")
@@ -60,6 +60,20 @@ class IpexWeight:
         return self.n * self.k * self.form.bits // 8
 
 
+@dataclass(frozen=True)
+class _WholePacker(RowPacker):
+    """Keeps the rows until all are there: the package packs a weight as a whole, and quantises none by itself."""
+
+    kernels: IpexKernels
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        assert not isinstance(rows, Numbers), "--dtype auto is refused"
+        self.data[row : row + len(rows)] = rows
+
+    def weight(self) -> Any:
+        return self.kernels.pack(self.data, self.form)
+
+
 class IpexKernels(ReferenceKernels):
     """See distinf.kernels.Kernels for shapes. Overridden are the ops that the package has kernels for.
 
@@ -87,6 +101,10 @@ class IpexKernels(ReferenceKernels):
         self._ops, self._prepack = ops.torch_ipex, ops.ipex_prepack
         self._none = torch.empty(0)
         self._first_row = torch.tensor(0)
+
+    def packer(self, n: int, k: int, form: Format) -> Any:
+        check_dtype(form.name)
+        return _WholePacker(torch.empty(n, k, dtype=torch.bfloat16), form, self)
 
     def pack(self, weight: torch.Tensor, form: Format) -> Any:
         n, k = weight.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import Format
+from distinf.kernels.formats import Format, Numbers
 
 try:
     from distinf.kernels import _native
@@ -21,6 +22,8 @@ except ImportError as error:  # a source tree that was never built
 
 BF16 = torch.bfloat16
 FP32 = torch.float32
+
+_SCALES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # Largest first; "avx512" on the command line means the better of its two forms.
 _LEVELS = ("amx", "avx512_bf16", "avx512", "avx2")
@@ -66,6 +69,48 @@ class NativeWeight:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes if self.packed else 0
+
+    def memory(self) -> memoryview:
+        """The packed bytes themselves, writable; valid as long as the kernels live."""
+        if self.packed is None:
+            return memoryview(b"")
+        return memoryview((ctypes.c_char * self.nbytes).from_address(self.packed.address)).cast("B")
+
+
+class NativePacker:
+    """See distinf.kernels.Packer."""
+
+    def __init__(self, rt: _native.Runtime, n: int, k: int, form: Format) -> None:
+        assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
+        assert not form.group or k % form.group == 0, (k, form)
+        self._form = form
+        how = form.bits, form.digits, form.group, form.zero_points, getattr(_native.ScaleType, _SCALES[form.scales])
+        self._weight = NativeWeight(n, k, rt.new_weight(n, k, *how) if n and k else None)
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        to = self._weight
+        assert row % 32 == 0 and row + len(rows) <= to.n, (row, len(rows), to)
+        if to.packed is None or not len(rows):
+            return
+        if isinstance(rows, Numbers):
+            self._add_numbers(to.packed, row, rows)
+            return
+        assert rows.dtype in (BF16, FP32) and rows.stride(1) == 1 and rows.shape[1] == to.k, (rows.shape, rows.dtype)
+        assert self._form.scales == BF16, "scales of another dtype are a checkpoint's own"
+        to.packed.pack_rows(row, len(rows), rows.data_ptr(), rows.stride(0), rows.dtype == FP32)
+
+    def _add_numbers(self, to: _native.Weight, row: int, rows: Numbers) -> None:
+        number, form = rows.number, self._form
+        assert number.dtype == torch.uint8 and number.stride(1) == 1 and number.shape[1] == to.k, number.shape
+        assert (rows.offset is not None) == form.zero_points, form
+        scale = rows.scale.to(form.scales).contiguous()
+        offset = rows.offset.to(form.scales).contiguous() if rows.offset is not None else None
+        assert scale.shape == (len(rows), to.k // (form.group or to.k)), scale.shape
+        addresses = scale.data_ptr(), offset.data_ptr() if offset is not None else 0
+        to.pack_integers(row, len(rows), number.data_ptr(), number.stride(0), *addresses)
+
+    def weight(self) -> NativeWeight:
+        return self._weight
 
 
 class NativeStep:
@@ -126,16 +171,14 @@ class NativeKernels:
             self._recording.buffers.append(out)
         return out
 
+    def packer(self, n: int, k: int, form: Format) -> NativePacker:
+        return NativePacker(self._rt, n, k, form)
+
     def pack(self, weight: torch.Tensor, form: Format) -> NativeWeight:
         n, k = weight.shape
-        assert weight.dtype in (BF16, FP32) and (weight.stride(1) == 1 or not weight.numel()), weight.stride()
-        assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
-        assert not form.group or k % form.group == 0, (k, form)
-        if not (n and k):
-            return NativeWeight(n, k, None)
-        fp32 = weight.dtype == FP32
-        how = form.bits, form.digits, form.group, form.zero_points
-        return NativeWeight(n, k, self._rt.pack(weight.data_ptr(), weight.stride(0), fp32, n, k, *how))
+        packer = self.packer(n, k, form)
+        packer.add(0, weight)
+        return packer.weight()
 
     def linear(
         self,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import Format, quantise, quantise_activations
+from distinf.kernels.formats import Format, Numbers, quantise, quantise_activations
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,24 @@ class ReferenceWeight:
         return self.n * self.k * self.form.bits // 8
 
 
+@dataclass(frozen=True)
+class RowPacker:
+    """See distinf.kernels.Packer."""
+
+    data: torch.Tensor
+    form: Format
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        if isinstance(rows, Numbers):
+            rows = rows.dequantised(self.form)
+        elif self.form.bits < 16 and rows.numel():
+            rows = quantise(rows, self.form)
+        self.data[row : row + len(rows)] = rows
+
+    def weight(self) -> ReferenceWeight:
+        return ReferenceWeight(self.data, self.form)
+
+
 class ReferenceKernels:
     """See distinf.kernels.Kernels for shapes. Computes in fp32 and rounds each result once to its dtype."""
 
@@ -45,10 +63,14 @@ class ReferenceKernels:
         self.threads = threads
         torch.set_num_threads(threads)
 
+    def packer(self, n: int, k: int, form: Format) -> RowPacker:
+        return RowPacker(torch.empty(n, k, dtype=torch.float32 if form.bits < 16 else self.act_dtype), form)
+
     def pack(self, weight: torch.Tensor, form: Format) -> ReferenceWeight:
-        if form.bits < 16 and weight.numel():
-            return ReferenceWeight(quantise(weight, form), form)
-        return ReferenceWeight(weight.to(self.act_dtype, copy=True).contiguous(), form)
+        n, k = weight.shape
+        packer = self.packer(n, k, form)
+        packer.add(0, weight)
+        return packer.weight()
 
     def linear(
         self,

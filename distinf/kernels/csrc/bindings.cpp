@@ -18,14 +18,22 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n, int64_t k, int bits, int digits,
-                   int64_t group, bool offsets) {
-  Weight weight{nullptr, n, k, bits, digits, group, offsets};
+Weight new_weight(Runtime& rt, int64_t n, int64_t k, int bits, int digits, int64_t group, bool offsets,
+                  ScaleType scales) {
+  Weight weight{nullptr, n, k, bits, digits, group, offsets, scales};
   weight.data = static_cast<char*>(rt.arena.allocate(weight.bytes()));
-  rt.team.run([=, &weight](const Worker& w) {
-    fp32 ? pack(w, at<const float>(src), stride, weight) : pack(w, at<const bf16>(src), stride, weight);
-  });
   return weight;
+}
+
+void pack_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t src, int64_t stride, bool fp32) {
+  const RowRange rows{first, count};
+  fp32 ? pack(at<const float>(src), stride, rows, weight) : pack(at<const bf16>(src), stride, rows, weight);
+}
+
+void pack_integer_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t numbers, int64_t stride,
+                       uintptr_t scales, uintptr_t offsets) {
+  pack_integers(at<const uint8_t>(numbers), stride, at<const char>(scales), at<const char>(offsets), {first, count},
+                weight);
 }
 
 void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
@@ -98,10 +106,17 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa_available", &isa_available);
   m.def("cpu_name", &cpu_name);
 
+  py::enum_<ScaleType>(m, "ScaleType")
+      .value("bf16", ScaleType::kBf16)
+      .value("fp16", ScaleType::kFp16)
+      .value("fp32", ScaleType::kFp32);
   py::class_<Weight>(m, "Weight")
       .def_readonly("n", &Weight::n)
       .def_readonly("k", &Weight::k)
-      .def_property_readonly("nbytes", &Weight::bytes);
+      .def_property_readonly("nbytes", &Weight::bytes)
+      .def_property_readonly("address", [](const Weight& w) { return reinterpret_cast<uintptr_t>(w.data); })
+      .def("pack_rows", &pack_rows, py::call_guard<py::gil_scoped_release>())
+      .def("pack_integers", &pack_integer_rows, py::call_guard<py::gil_scoped_release>());
   m.attr("BLOCK_SIZE") = kBlockSize;
   py::class_<CacheArgs>(m, "Cache")
       .def(py::init(
@@ -124,7 +139,7 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
       .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
-      .def("pack", &pack_weight)
+      .def("new_weight", &new_weight)
       .def("linear", &linear)
       .def("rms_norm", &rms_norm)
       .def("rope", &rope)

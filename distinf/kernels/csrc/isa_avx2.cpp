@@ -9,7 +9,7 @@
 
 #include "activations.h"
 
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace distinf::avx2 {
 namespace {
