@@ -44,6 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
     parser.add_argument("--no-capture", dest="capture", action="store_false", help="run every decode step eagerly")
     parser.add_argument("--load-format", default="auto", metavar="|".join(LOAD_FORMATS), help="dummy: random weights")
+    parser.add_argument("--pack-cache", metavar="DIR", help="keep packed weights here for the next start")
     parser.add_argument("--config", metavar="FILE", help="config.json for --load-format dummy")
     parser.add_argument("--num-layers", type=int, metavar="N", help="layers for --load-format dummy")
 
@@ -78,6 +79,7 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
         group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
+        pack_cache=args.pack_cache,
     )  # fmt: skip
 
 

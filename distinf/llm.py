@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from distinf import comm, topology
+from distinf import __version__, comm, topology
 from distinf import kernels as kernel_library
 from distinf.comm import Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.engine import Engine, Sequence
-from distinf.kernels import Kernels, Placement
+from distinf.kernels import Kernels, Placement, native
 from distinf.memory import available_bytes, check_memory
 from distinf.models import Model
 from distinf.models.params import Weights
@@ -26,6 +26,7 @@ from distinf.shard import parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.load import Loader, load_weights
+from distinf.weights.pack_cache import PackCache
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,17 @@ def place(group: Group, threads: int) -> Placement:
 
 
 def load_model(
-    checkpoint: Checkpoint, run: RunConfig, group: Group, kv_tokens: int = 0, progress: bool = False
+    checkpoint: Checkpoint,
+    run: RunConfig,
+    group: Group,
+    kv_tokens: int = 0,
+    progress: bool = False,
+    pack_cache: Path | None = None,
 ) -> LoadedModel:
     """Plan the shards, check that all ranks mean the same model and have room for it, and load this rank's part.
 
-    `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. Raises InputError on
+    `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. `pack_cache`: a directory of
+    packed shards, read where it has this one and written where not. Raises InputError on
     every rank for anything that one of them cannot load.
     """
     _, config = agreed(group, lambda: parse(checkpoint.config))
@@ -72,10 +79,27 @@ def load_model(
     mates = group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     cores = [cpu for cpu in placement.cpus if cpu >= 0]
-    loader = Loader(checkpoint, plan.params, plan.cuts(group.rank), group.rank, kernels, plan.formats, cores)
+    cache = agreed(group, lambda: _cache(pack_cache, checkpoint, plan, group.rank, kernels) if pack_cache else None)
+    loader = Loader(checkpoint, plan.params, plan.cuts(group.rank), group.rank, kernels, plan.formats, cores, cache)
     weights = agreed(group, lambda: load_weights(loader, progress and group.rank == 0))
     model = plan.family.build(config, plan.shards[group.rank], weights, kernels, group)
     return LoadedModel(model, kernels, weights)
+
+
+def _cache(directory: Path, checkpoint: Checkpoint, plan: Plan, rank: int, kernels: Kernels) -> PackCache:
+    """This rank's entry: the packed bytes are a function of what is in its key."""
+    if kernels.name != "native":
+        raise ValueError(f"--pack-cache needs the native kernels, but --kernels {kernels.name} is in use")
+    made_of = (
+        __version__,
+        native.build_id(),
+        kernels.isa,
+        checkpoint.identity,
+        plan.shards[rank],
+        plan.formats,
+        plan.params,
+    )
+    return PackCache(directory, "\n".join(map(str, made_of)))
 
 
 def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
@@ -119,6 +143,7 @@ class LLM:
         kv_tokens: int = 0,
         group: Group | None = None,
         progress: bool = False,
+        pack_cache: str | None = None,
     ) -> None:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
@@ -129,7 +154,7 @@ class LLM:
         `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture` False
         runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all
         sequences of a call together, a KV cache that does not fit is refused before loading. `progress` shows
-        a loading bar on stderr.
+        a loading bar on stderr. `pack_cache` is a directory where packed weights are kept from one start to the next.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -157,7 +182,8 @@ class LLM:
             self.group,
             lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
         )
-        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress)
+        cache = Path(pack_cache) if pack_cache else None
+        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress, cache)
         self.engine = Engine(
             self.loaded.model, self.loaded.kernels, self.group, cache_dtype(self.run, self.loaded.kernels), capture
         )

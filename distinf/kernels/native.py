@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,11 @@ def best_isa() -> str | None:
 def cpu_name() -> str:
     """The CPU's own name; virtual machines report what they like."""
     return "unknown" if _MISSING else _native.cpu_name()
+
+
+def build_id() -> str:
+    """Differs for builds of the extension that may pack in different ways."""
+    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
 
 
 def resolve_isa(isa: str) -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from distinf.config import ModelConfig, RunConfig
 from distinf.kernels import Kernels, Packer
@@ -18,6 +15,8 @@ from distinf.layers import LinearWeight
 from distinf.models.params import Cut, Param, Source, Weights, bias_name
 from distinf.shard import Shard
 from distinf.weights import Checkpoint
+from distinf.weights.jobs import Job, run_jobs
+from distinf.weights.pack_cache import PackCache
 
 # What a thread reads and packs at once, in act_dtype: small enough to stay in the caches between the two, large
 # enough for the disk and to make Python's part small.
@@ -36,6 +35,7 @@ class Loader:
     kernels: Kernels
     formats: dict[str, Format]  # of each linear
     cores: Sequence[int] = ()  # where the reading threads run; (): wherever this one does
+    cache: PackCache | None = None
 
 
 def load_weights(loader: Loader, progress: bool) -> Weights:
@@ -48,8 +48,15 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
     _check_shapes(loader.checkpoint, loader.params)
     linears = [p for p in loader.params if p.kind == "linear"]
     packers = {p.name: _packer(loader, p) for p in linears}
-    jobs = [job for p in linears for job in _pack_jobs(loader, p, packers[p.name])]
-    run_jobs(jobs, loader.kernels.threads + 1, loader.cores, progress)
+
+    def run(jobs: Sequence[Job]) -> None:
+        run_jobs(jobs, loader.kernels.threads + 1, loader.cores, progress)
+
+    memory = {name: packer.weight().memory() for name, packer in packers.items()} if loader.cache else {}
+    if loader.cache is None or not loader.cache.load(memory, run):
+        run([job for p in linears for job in _pack_jobs(loader, p, packers[p.name])])
+        if loader.cache:
+            loader.cache.save(memory)
     weights = Weights()
     for p in linears:
         weights.linears[p.name] = LinearWeight(packers[p.name].weight(), _bias(loader, p))
@@ -57,33 +64,6 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
         if p.kind != "linear":
             weights.tensors[p.name] = _tensor(loader, p)
     return weights
-
-
-@dataclass(frozen=True)
-class Job:
-    """Work for one thread, and the bytes of packed weight that it makes."""
-
-    work: Callable[[], None]
-    nbytes: int
-
-
-def run_jobs(jobs: Sequence[Job], threads: int, cores: Sequence[int], progress: bool) -> None:
-    """All jobs, on threads of their own on `cores`. The first error ends them all and is raised."""
-
-    def on_cores() -> None:
-        if cores:  # the thread that starts these is pinned to one core
-            os.sched_setaffinity(0, cores)
-
-    total = sum(job.nbytes for job in jobs)
-    bar = tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=not progress)
-    with bar, ThreadPoolExecutor(threads, initializer=on_cores) as pool:
-        sizes: dict[Future[None], int] = {pool.submit(job.work): job.nbytes for job in jobs}
-        try:
-            for done in as_completed(sizes):
-                done.result()
-                bar.update(sizes[done])
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _packer(loader: Loader, param: Param) -> Packer:
