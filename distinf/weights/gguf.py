@@ -59,17 +59,20 @@ class GGUFCheckpoint:
         architecture = self._field(str, "general.architecture")
         if architecture != "llama":
             raise ValueError(f"{self._path}: GGUF architecture {architecture!r} is not supported; expected 'llama'")
-        hidden, heads = self._field(int, "llama.embedding_length"), self._field(int, "llama.attention.head_count")
+        hidden, heads = self._count("llama.embedding_length"), self._count("llama.attention.head_count")
+        layers = self._count("llama.block_count")
+        if layers > len(self._tensors):
+            raise ValueError(f"{self._path}: {layers} layers (llama.block_count), but {len(self._tensors)} tensors")
         return {
             "model_type": "llama",
             "hidden_size": hidden,
-            "intermediate_size": self._field(int, "llama.feed_forward_length"),
-            "num_hidden_layers": self._field(int, "llama.block_count"),
+            "intermediate_size": self._count("llama.feed_forward_length"),
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": self._field(int, "llama.attention.head_count_kv", heads),
-            "head_dim": self._field(int, "llama.attention.key_length", hidden // max(heads, 1)),
+            "num_key_value_heads": self._count("llama.attention.head_count_kv", heads),
+            "head_dim": self._count("llama.attention.key_length", hidden // heads),
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
-            "max_position_embeddings": self._field(int, "llama.context_length"),
+            "max_position_embeddings": self._count("llama.context_length"),
             "rms_norm_eps": self._field(float, "llama.attention.layer_norm_rms_epsilon"),
             "rope_theta": self._field(float, "llama.rope.freq_base"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
@@ -77,12 +80,20 @@ class GGUFCheckpoint:
         }
 
     def _field(self, kind: type, key: str, *default: Any) -> Any:
+        """A field's value. Raises ValueError naming the file and the field when it is missing, or of another type."""
         if key not in self._fields and default:
             return default[0]
         value = self._fields.get(key)
-        if type(value) is not kind:
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             found = "missing" if key not in self._fields else f"{value!r}, expected {kind.__name__}"
             raise ValueError(f"{self._path}: the field {key!r} is {found}")
+        return value
+
+    def _count(self, key: str, *default: int) -> int:
+        """A field that is a whole number of one or more."""
+        value = int(self._field(int, key, *default))
+        if value < 1:
+            raise ValueError(f"{self._path}: the field {key!r} is {value}, expected 1 or more")
         return value
 
     def _tensor(self, name: str) -> GGUFTensor:
@@ -105,7 +116,8 @@ class GGUFCheckpoint:
             return torch.empty(shape, dtype=dtype)
         blocks, skipped = self._blocks(tensor, self._source_rows(name, rows), columns)
         try:
-            values = torch.from_numpy(dequantize(blocks.numpy(), tensor.kind))
+            with np.errstate(invalid="ignore", over="ignore"):  # found below
+                values = torch.from_numpy(dequantize(blocks.numpy(), tensor.kind))
         except NotImplementedError:
             raise self._wrong(tensor, f"has the type {tensor.kind.name}, which cannot be read") from None
         if not values.isfinite().all():

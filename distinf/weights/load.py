@@ -45,7 +45,7 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
     overlap and a weight is never in memory twice. Raises ValueError naming the tensor when it is missing or its shape
     is not the config's. `progress` shows a bar on stderr.
     """
-    _check_shapes(loader.checkpoint, loader.params)
+    check_shapes(loader.checkpoint, loader.params)
     linears = [p for p in loader.params if p.kind == "linear"]
     packers = {p.name: _packer(loader, p) for p in linears}
 
@@ -163,7 +163,8 @@ def weight_bytes(params: Sequence[Param], cuts: Cuts, formats: dict[str, Format]
     return total
 
 
-def _check_shapes(checkpoint: Checkpoint, params: Sequence[Param]) -> None:
+def check_shapes(checkpoint: Checkpoint, params: Sequence[Param]) -> None:
+    """Raises ValueError naming a tensor that is missing, or whose shape is not the config's."""
     for param in params:
         for name, expected in param.shapes().items():
             if checkpoint.shape(name) != expected:
