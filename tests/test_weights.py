@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
+from distinf.kernels.reference import ReferenceKernels
 from distinf.llm import load_model
+from distinf.plan import Plan
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.gguf import GGUFCheckpoint
+from distinf.weights.load import Loader, load_weights
 
 LAB_1B = Path(__file__).resolve().parent.parent / "perf/models/lab-1b.json"
 
@@ -59,6 +65,30 @@ def test_gguf_tensors_equal_those_of_transformers(smollm2: Path) -> None:
     for name, expected in oracle.state_dict().items():
         if name != "lm_head.weight":  # tied
             assert torch.equal(checkpoint.read(name, torch.float32), expected), name
+
+
+def test_ranks_together_read_each_matrix_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding table is mapped; vectors are read by every rank."""
+    checkpoint = open_dir(tiny_llama)
+    run = RunConfig(dtype="bf16", shares=(Fraction(1),) * 3)
+    plan = Plan.of(checkpoint, run)
+    sizes = {n: math.prod(s) * 4 for p in plan.params for n, s in p.shapes().items()}  # fp32 in the file
+    vectors = sum(size for name, size in sizes.items() if len(checkpoint.shape(name)) == 1)
+    matrices = sum(sizes.values()) - vectors - sizes["model.embed_tokens.weight"]
+    read = []
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(sum(map(len, buffers)))
+        return original(fd, buffers, offset)
+
+    original = os.preadv
+    monkeypatch.setattr(os, "preadv", preadv)
+    for rank in range(3):
+        load_weights(
+            Loader(checkpoint, plan.params, plan.cuts(rank), rank, ReferenceKernels(torch.bfloat16, 1), plan.formats),
+            False,
+        )
+    assert matrices < sum(read) <= matrices + 3 * vectors
 
 
 def copy_of(path: Path, to: Path) -> Path:
