@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import FORMATS, Format, quantise, quantise_activations
+from distinf.kernels.formats import FORMATS, Format, Numbers, quantise, quantise_activations
 from distinf.kernels.reference import ReferenceKernels
 
 BF16_ULP = 2.0**-8  # spacing of bf16 numbers relative to the lower end of a binade: rounding errs by half of it
@@ -83,6 +83,34 @@ QUANTISED_SHAPES = [
     (17, 31, 128),
     (37, 96, 640),
 ]
+
+
+# Checkpoints' own grids: GGUF's blocks, GPTQ with and without zero points, one scale for a channel.
+OWN_GRIDS = [
+    replace(FORMATS["int8"], group=32, scales=torch.float16), replace(FORMATS["int4"], group=32, scales=torch.float16),
+    replace(FORMATS["int4"], group=32, scales=torch.float16, zero_points=True),
+    replace(FORMATS["int4"], group=64, scales=torch.float32, zero_points=True),
+    replace(FORMATS["int4"], group=0, scales=torch.float16), replace(FORMATS["w8a8"], scales=torch.float32),
+]  # fmt: skip
+
+
+def check_numbers(kernels: Any, form: Format) -> None:
+    """Ready numbers are multiplied as they are. One-hot rows have exact digits and find the matrix again, up to a few
+    fp32 roundings of the group's result, and of an offset taken out of it.
+    """
+    torch.manual_seed(0)
+    n, k = 77, 256
+    groups = k // (form.group or k)
+    number = torch.randint(1 << form.bits, (n, k), dtype=torch.uint8)
+    scale, offset = torch.rand(n, groups).to(form.scales).float(), torch.randn(n, groups).to(form.scales).float()
+    numbers = Numbers(number, scale, offset if form.zero_points else None)
+    packer = kernels.packer(n, k, form)
+    for first in (64, 0, 32):  # in any order
+        part = slice(first, first + 32)
+        packer.add(first, Numbers(number[part], scale[part], offset[part] if form.zero_points else None))
+    found = kernels.linear(torch.eye(k).bfloat16(), packer.weight(), None, torch.float32).T
+    tolerance = 8 * FP32_UNIT * (scale.max() * (1 << form.bits) + offset.abs().max())
+    assert ((found - numbers.dequantised(form)).abs() <= tolerance).all(), form
 
 
 def check_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
@@ -270,6 +298,8 @@ def check_everything(kernels: Any) -> None:
     for form in QUANTISED:
         for m, n, k in QUANTISED_SHAPES:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
+    for form in OWN_GRIDS:
+        check_numbers(kernels, form)
     for case in ATTENTION_CASES:
         for kv_dtype in KV_DTYPES:
             check_attention(kernels, **case, kv_dtype=kv_dtype)

@@ -55,6 +55,13 @@ def test_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int) ->
     cases.check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
 
 
+@pytest.mark.parametrize("form", cases.OWN_GRIDS, ids=lambda f: f"{f.name}-{f.group}-{f.scales}")
+def test_numbers_of_a_checkpoint(kernels: Any, form: Format) -> None:
+    if kernels.name == "ipex":
+        pytest.skip("refused, see test_choices_that_do_not_go_together")
+    cases.check_numbers(kernels, form)
+
+
 @pytest.mark.parametrize("rows, n", [(1, 576), (3, 80), (5, 7), (2, 2048)])
 @pytest.mark.parametrize("with_add", [False, True])
 def test_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
@@ -148,6 +155,7 @@ def test_isa_that_the_cpu_lacks_is_refused() -> None:
         ("auto", "avx2", "fp32", "--isa avx2 needs the native kernels"),
         ("ipex", "avx2", "bf16", "--isa avx2 needs the native kernels, but --kernels ipex"),
         ("ipex", "auto", "fp32", "--kernels ipex cannot run fp32; expected .* bf16, int8, int4"),
+        ("ipex", "auto", "auto", "--kernels ipex cannot run auto; expected .* bf16, int8, int4"),
         ("ipex", "auto", "w8a8", "--kernels ipex cannot run w8a8"),
     ],
 )
