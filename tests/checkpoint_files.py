@@ -137,7 +137,9 @@ _GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, kind: GGMLQuantizationType) -> dict[str, torch.Tensor]:
+def write_gguf(
+    path: Path, kind: GGMLQuantizationType, rope_factors: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
     """A llama GGUF whose linears have blocks of one type; the matrices by Hugging Face name, by the gguf package."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
@@ -162,6 +164,8 @@ def write_gguf(path: Path, kind: GGMLQuantizationType) -> dict[str, torch.Tensor
         writer.add_tensor(f"{name}.weight", rng.standard_normal((VOCAB, HIDDEN), dtype=np.float32))
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(HIDDEN, np.float32))
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

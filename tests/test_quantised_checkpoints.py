@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -17,7 +18,6 @@ from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
 from distinf.kernels import native
 from distinf.kernels.formats import FORMATS, Format, Numbers, quantised
-from distinf.kernels.reference import ReferenceKernels
 from distinf.llm import load_model
 from distinf.plan import Plan
 from distinf.weights import Checkpoint, open_checkpoint
@@ -80,37 +80,6 @@ def test_kept_numbers_are_the_definition_to_the_bit(case: tuple[Checkpoint, dict
             found = checkpoint.numbers(name, rows, columns).dequantised(form)
             # scale * (number - zero) in one rounding, or in two that cancel to it.
             torch.testing.assert_close(found, matrix[32:96, 128:256], rtol=0, atol=0)
-
-
-def matrix_of(kernels: Any, packed: Any) -> torch.Tensor:
-    """[n, k] by multiplying with one-hot rows, whose activation digits are exact."""
-    return torch.as_tensor(kernels.linear(torch.eye(packed.k).bfloat16(), packed, None, FP32).T)
-
-
-@pytest.mark.parametrize("isa", ["reference", *native.available_isas()])
-@pytest.mark.parametrize(
-    "form",
-    [f for _, f in DIRECTORIES.values() if f] + list(GGUF_KEPT.values()),
-    ids=lambda f: f"{f.name}-{f.group}-{f.scales}",
-)
-def test_packed_numbers_are_multiplied_as_they_are(isa: str, form: Format) -> None:
-    """Up to the three fp32 products on the way: number by digit, scale of the group, scale of the row."""
-    kernels: Any = (
-        ReferenceKernels(torch.bfloat16, 1) if isa == "reference" else native.NativeKernels(isa, [-1, -1], True)
-    )
-    torch.manual_seed(0)
-    n, k = 77, 256
-    groups = k // (form.group or k)
-    offset = torch.randn(n, groups).to(form.scales).float() if form.zero_points else None
-    numbers = Numbers(
-        torch.randint(1 << form.bits, (n, k), dtype=torch.uint8), torch.rand(n, groups).to(form.scales).float(), offset
-    )
-    packer = kernels.packer(n, k, form)
-    for first in range(0, n, 32):
-        part = slice(first, first + 32)
-        packer.add(first, Numbers(numbers.number[part], numbers.scale[part], None if offset is None else offset[part]))
-    found, exact = matrix_of(kernels, packer.weight()), numbers.dequantised(form)
-    torch.testing.assert_close(found, exact, rtol=0, atol=float(4 * 2.0**-24 * (2 << form.bits) * 4))
 
 
 @pytest.mark.parametrize(
@@ -185,3 +154,19 @@ def test_groups_are_not_cut_by_ranks(tmp_path: Path) -> None:
         ValueError, match=r"--group-size 128 does not divide the input features 0 .. 64 of 'model.*o_proj"
     ):
         Plan.of(open_checkpoint(tmp_path, "auto", None, None), run)
+
+
+def test_gguf_has_llama_3s_rotation_as_divisors(tmp_path: Path) -> None:
+    """As published: wavelengths above 8192 positions are divided by 8, those below 2048 by one, a ramp between."""
+    path, dim = tmp_path / "model.gguf", files.HIDDEN // files.HEADS
+    wavelengths = 2 * np.pi * 10000.0 ** (np.arange(0, dim, 2) / dim)
+    smooth = (8192 / wavelengths - 1) / 3
+    between = 1 / ((1 - smooth) / 8 + smooth)
+    divisors = np.where(wavelengths < 2048, 1, np.where(wavelengths > 8192, 8, between))
+    assert len(set(divisors)) > 3
+    files.write_gguf(path, Kind.Q8_0, divisors)
+    scaling = open_checkpoint(path, "auto", None, None).config["rope_scaling"]
+    assert scaling["rope_type"] == "llama3" and scaling["factor"] == 8 and scaling["low_freq_factor"] == 1
+    files.write_gguf(path, Kind.Q8_0, divisors**2)
+    with pytest.raises(ValueError, match=r"tensor 'rope_freqs.weight' is not Llama 3's scaling"):
+        open_checkpoint(path, "auto", None, None)

@@ -14,7 +14,9 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from distinf.config import RopeConfig
 from distinf.kernels.formats import FORMATS, Format, Numbers
+from distinf.models.rope import inverse_frequencies
 from distinf.weights.gguf_header import GGUFTensor, read_header
 from distinf.weights.raw import RawFile
 
@@ -30,6 +32,9 @@ _LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+_LLAMA3_FACTORS = "rope_freqs.weight"
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 _Q = GGMLQuantizationType
 # Block types whose numbers our kernels multiply as they are: blocks of 32 with scales (and offsets) in fp16.
@@ -63,6 +68,8 @@ class GGUFCheckpoint:
         layers = self._count("llama.block_count")
         if layers > len(self._tensors):
             raise ValueError(f"{self._path}: {layers} layers (llama.block_count), but {len(self._tensors)} tensors")
+        head_dim = self._count("llama.attention.key_length", hidden // heads)
+        theta = self._field(float, "llama.rope.freq_base")
         return {
             "model_type": "llama",
             "hidden_size": hidden,
@@ -70,14 +77,38 @@ class GGUFCheckpoint:
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": self._count("llama.attention.head_count_kv", heads),
-            "head_dim": self._count("llama.attention.key_length", hidden // heads),
+            "head_dim": head_dim,
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
             "max_position_embeddings": self._count("llama.context_length"),
             "rms_norm_eps": self._field(float, "llama.attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._field(float, "llama.rope.freq_base"),
+            "rope_theta": theta,
+            "rope_scaling": self._rope_scaling(head_dim, theta),
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "eos_token_id": self._field(int, "tokenizer.ggml.eos_token_id", None),
         }
+
+    def _rope_scaling(self, head_dim: int, theta: float) -> dict[str, Any] | None:
+        """`rope_scaling` of config.json. Raises ValueError for rotations that are not ours."""
+        rotated = self._count("llama.rope.dimension_count", head_dim)
+        kind = self._field(str, "llama.rope.scaling.type", "none")
+        if rotated != head_dim or kind not in ("none", "linear"):
+            raise ValueError(
+                f"{self._path}: rotation of {rotated} of {head_dim} elements, scaling {kind!r}, is not supported"
+            )
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": self._field(float, "llama.rope.scaling.factor")}
+        tensor = self._tensors.get(_LLAMA3_FACTORS)
+        if tensor is None:
+            return None
+        if head_dim < 2 or tensor.shape != (head_dim // 2,):
+            raise self._wrong(tensor, f"has shape {list(tensor.shape)}; expected {[head_dim // 2]}")
+        # Llama 3.1 and later: the file has what the frequencies are divided by, Hugging Face the rule that it is from.
+        divisors = self._values(tensor, range(1), range(head_dim // 2))[0]
+        scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
+        plain, scaled = (inverse_frequencies(RopeConfig(theta, head_dim, s)) for s in (None, scaling))
+        if not torch.allclose(plain / scaled, divisors, rtol=1e-4):
+            raise self._wrong(tensor, "is not Llama 3's scaling, which is expected")
+        return scaling
 
     def _field(self, kind: type, key: str, *default: Any) -> Any:
         """A field's value. Raises ValueError naming the file and the field when it is missing, or of another type."""
@@ -114,7 +145,11 @@ class GGUFCheckpoint:
         shape = (len(rows), len(columns)) if len(tensor.shape) == 2 else tensor.shape
         if not len(rows) or not len(columns):
             return torch.empty(shape, dtype=dtype)
-        blocks, skipped = self._blocks(tensor, self._source_rows(name, rows), columns)
+        return self._values(tensor, self._source_rows(name, rows), columns).reshape(shape).to(dtype)
+
+    def _values(self, tensor: GGUFTensor, rows: Sequence[int], columns: range) -> torch.Tensor:
+        """fp32 [rows, columns]"""
+        blocks, skipped = self._blocks(tensor, rows, columns)
         try:
             with np.errstate(invalid="ignore", over="ignore"):  # found below
                 values = torch.from_numpy(dequantize(blocks.numpy(), tensor.kind))
@@ -122,7 +157,7 @@ class GGUFCheckpoint:
             raise self._wrong(tensor, f"has the type {tensor.kind.name}, which cannot be read") from None
         if not values.isfinite().all():
             raise self._wrong(tensor, "has values that are not finite")
-        return values[:, skipped : skipped + len(columns)].reshape(shape).to(dtype)
+        return values[:, skipped : skipped + len(columns)]
 
     def table(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         height, width = self.shape(name)
