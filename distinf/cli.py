@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
-from distinf.config import COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, RunConfig
+from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, RunConfig
 from distinf.engine import Sequence
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
@@ -39,6 +39,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the model and how it is run; also those of perf/latency.py."""
     add_weight_arguments(parser)
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
+    parser.add_argument(
+        "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
+    )
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
@@ -60,7 +63,7 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="|".join(DTYPES),
         help="weights; auto: as the checkpoint has them (default: %(default)s)",
     )
-    parser.add_argument("--head-dtype", metavar="DTYPE", help="weights of the head (default: as --dtype)")
+    parser.add_argument("--head-dtype", metavar="DTYPE", help="of the head (default: as --dtype; int8 for w8a8)")
     parser.add_argument(
         "--group-size",
         type=int,
@@ -313,7 +316,7 @@ def run_ranks(parser: argparse.ArgumentParser, argv: list[str] | None = None) ->
     try:
         args = parser.parse_args(argv)
         try:
-            group = comm.init(args.comm)
+            group = comm.init(args.comm, getattr(args, "comm_dtype", "fp32"))
         except ValueError as error:
             raise InputError(str(error)) from None
         args.run(args, group)

@@ -188,3 +188,17 @@ def test_sharded_safetensors_with_an_index(tiny_llama: Path, tmp_path: Path) -> 
     one, many = open_dir(tiny_llama), open_dir(tmp_path)
     for name in model.state_dict():
         assert torch.equal(one.read(name, torch.float32), many.read(name, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "run, head",
+    [
+        (RunConfig(dtype="w8a8"), "int8"),
+        (RunConfig(dtype="w8a8", head_dtype="w8a8"), "w8a8"),
+        (RunConfig(dtype="int4"), "int4"),
+        (RunConfig(dtype="int4", head_dtype="bf16"), "bf16"),
+    ],
+)
+def test_format_of_the_head(run: RunConfig, head: str) -> None:
+    formats = Plan.of(open_checkpoint(Path(), "dummy", LAB_1B, 1), run).formats
+    assert (formats["layers.0.down"].name, formats["head"].name) == (run.dtype, head)

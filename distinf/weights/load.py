@@ -136,7 +136,7 @@ def formats_of(run: RunConfig, params: Sequence[Param], checkpoint: Checkpoint) 
     """
 
     def form(param: Param) -> Format:
-        dtype = (run.head_dtype or run.dtype) if param.name == "head" else run.dtype
+        dtype = run.head if param.name == "head" else run.dtype
         if dtype == "auto":
             return stored_format(checkpoint, param) or FORMATS["bf16"]
         return parse_format(dtype, run.group_size, run.zero_points)
