@@ -14,11 +14,15 @@ class RopeConfig:
     theta: float
     dim: int  # rotated elements of each head
     scaling: dict[str, Any] | None = None
+    max_positions: int = 0  # the checkpoint's max_position_embeddings, which some scalings start from
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's."""
+    """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's.
+
+    What most families share has no default; the rest is what some of them add, and off where it is left out.
+    """
 
     model_type: str
     hidden: int
@@ -30,13 +34,26 @@ class ModelConfig:
     vocab: int
     max_positions: int  # context length, tokens
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: learned positions
     tie_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+    # Layers
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    window: int = 0  # keys a token sees, itself included; 0: all
-    eos_ids: tuple[int, ...] = ()
+    layer_norm: bool = False  # LayerNorm instead of RMSNorm
+    norm_shift: float = 0.0  # added to the weight of every norm (Gemma keeps w - 1)
+    parallel: bool = False  # attention beside the MLP instead of before it
+    qk_norm: bool = False  # a norm of each query and key head
+    act: str = "silu"  # of the feed-forward block; see Kernels.act
+    # Attention
+    windows: tuple[int, ...] = ()  # of each layer: keys a token sees, itself included, 0: all; (): 0 everywhere
+    local_rope: RopeConfig | None = None  # of the layers that have a window; None: like the others
+    score_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
+    score_softcap: float = 0.0  # c: scores become c tanh(score / c); 0: as they are
+    # The two ends
+    embed_scale: float = 1.0
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab", "max_positions"):
@@ -44,8 +61,12 @@ class ModelConfig:
                 raise ValueError(f"config: {name} is {getattr(self, name)}, expected a positive number")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config: {self.n_heads} heads are not a multiple of {self.n_kv_heads} KV heads")
-        if self.rope.dim % 2 or self.rope.dim > self.head_dim:
+        if self.rope and (self.rope.dim % 2 or self.rope.dim > self.head_dim):
             raise ValueError(f"config: rotary dimension {self.rope.dim} is odd or above head_dim {self.head_dim}")
+
+    def window(self, layer: int) -> int:
+        """Keys that a token sees in this layer, itself included; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
 
 DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")

@@ -40,9 +40,18 @@ class RowParallelLinear:
     kernels: Kernels
     group: Group
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, k_local] -> fp32 [T, n], the same on every rank."""
-        y = self.kernels.linear(x, self.linear.weight, self.linear.bias, torch.float32)
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, k_local] -> fp32 [T, n]: this rank's part of the sum alone."""
+        return self.kernels.linear(x, self.linear.weight, self.linear.bias, torch.float32)
+
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, k_local] -> fp32 [T, n], the same on every rank.
+
+        `plus` is another layer's `partial`: two results that are added anyway are reduced once.
+        """
+        y = self.partial(x)
+        if plus is not None:
+            self.kernels.add_(y, plus)
         if self.group.world_size > 1:
             self.kernels.host_call(self.group.all_reduce_, y)
         return y
@@ -62,6 +71,36 @@ class RMSNorm:
 
 
 @dataclass(frozen=True)
+class LayerNorm:
+    """Layer norm of the fp32 residual stream."""
+
+    weight: torch.Tensor  # fp32 [hidden]
+    bias: torch.Tensor  # fp32 [hidden]
+    eps: float
+    kernels: Kernels
+
+    def __call__(self, x: torch.Tensor, add_: torch.Tensor | None = None) -> torch.Tensor:
+        """x fp32 [T, hidden] += add_, then its norm in act_dtype."""
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, add_)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Root mean square norm of each query or key head."""
+
+    weight: torch.Tensor  # fp32 [head_dim]
+    eps: float
+    kernels: Kernels
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """x [T, heads, head_dim] act_dtype, in place."""
+        self.kernels.head_norm_(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Grouped-query attention over this rank's heads, which may cut a group in two."""
 
@@ -71,29 +110,61 @@ class Attention:
     kv_heads: range
     group_size: int  # query heads per KV head in the whole model
     head_dim: int
-    window: int
     kernels: Kernels
+    rope: int | None = 0  # which of the batch's rotations; None: positions are learned
+    window: int = 0  # keys a token sees, itself included; 0: all
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    softcap: float = 0.0  # of the scores; 0: none
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+
+    def heads_of(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        """x [T, hidden] act_dtype -> this rank's heads [T, heads_local * head_dim] before the output projection.
+
+        Appends keys and values to the cache.
+        """
+        n, n_kv = len(self.heads), len(self.kv_heads)
+        if not n:
+            return x[:, :0]
+        qkv = self.qkv(x).unflatten(1, (n + 2 * n_kv, self.head_dim))
+        if self.q_norm and self.k_norm:
+            self.q_norm(qkv[:, :n])
+            self.k_norm(qkv[:, n : n + n_kv])
+        if self.rope is not None:
+            self.kernels.rope_(qkv[:, : n + n_kv], batch.cos[self.rope], batch.sin[self.rope])
+        self.kernels.kv_append_(qkv[:, n : n + n_kv], qkv[:, n + n_kv :], cache, batch)
+        offset = self.heads.start - self.kv_heads.start * self.group_size
+        attended = self.kernels.attention(
+            qkv[:, :n], cache, batch, self.group_size, offset, self.window, self.scale, self.softcap
+        )
+        return attended.flatten(1)
 
     def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """x [T, hidden] act_dtype -> fp32 [T, hidden]; appends keys and values to the cache."""
-        n, n_kv = len(self.heads), len(self.kv_heads)
-        qkv = self.qkv(x).unflatten(1, (n + 2 * n_kv, self.head_dim)) if n else x.new_empty(len(x), 0, self.head_dim)
-        if n:
-            self.kernels.rope_(qkv[:, : n + n_kv], batch.cos, batch.sin)
-            self.kernels.kv_append_(qkv[:, n : n + n_kv], qkv[:, n + n_kv :], cache, batch)
-            offset = self.heads.start - self.kv_heads.start * self.group_size
-            qkv = self.kernels.attention(qkv[:, :n], cache, batch, self.group_size, offset, self.window)
-        return self.o(qkv.flatten(1))
+        """x [T, hidden] act_dtype -> fp32 [T, hidden]."""
+        return self.o(self.heads_of(x, batch, cache))
+
+    def partial(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        """The same before the reduction; see RowParallelLinear."""
+        return self.o.partial(self.heads_of(x, batch, cache))
 
 
 @dataclass(frozen=True)
 class MLP:
-    """Gated feed-forward block: down(silu(gate(x)) * up(x))."""
+    """Feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
 
-    gate_up: ColumnParallelLinear
+    up: ColumnParallelLinear  # with a gate its rows stand before those of `up`
     down: RowParallelLinear
+    act: str
+    gated: bool
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden] act_dtype -> fp32 [T, hidden]."""
-        return self.down(self.kernels.silu_mul(self.gate_up(x)))
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, hidden] act_dtype -> fp32 [T, hidden]. `plus`: see RowParallelLinear."""
+        return self.down(self._activated(x), plus)
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """The same before the reduction; see RowParallelLinear."""
+        return self.down.partial(self._activated(x))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.kernels.act_mul if self.gated else self.kernels.act)(self.up(x), self.act)

@@ -108,18 +108,69 @@ def check_rope(kernels: Any, rows: int, heads: int, head_dim: int, half: int) ->
     torch.testing.assert_close(wide.float(), expected, rtol=BF16_ULP, atol=16 * FP32_UNIT)
 
 
-def check_silu_mul(kernels: Any, rows: int, n: int) -> None:
+def check_layer_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
+    torch.manual_seed(n)
+    x, add = torch.randn(rows, n) * 3 + 5, torch.randn(rows, n) if with_add else None
+    weight, bias = torch.randn(n), torch.randn(n)
+    expected_x = x.clone()
+    expected = ReferenceKernels.layer_norm(_reference(torch.float32), expected_x, weight, bias, 1e-5, add)
+    y = kernels.layer_norm(x, weight, bias, 1e-5, add)
+    torch.testing.assert_close(x, expected_x, rtol=0, atol=0)
+    # The mean is a sum of n numbers of which the largest is about 20, divided by n; the deviation is about 3.
+    torch.testing.assert_close(y.float(), expected, rtol=BF16_ULP, atol=n * FP32_UNIT * 20 / 3)
+
+
+def check_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
+    torch.manual_seed(head_dim)
+    wide, weight = (torch.randn(rows, heads + 2, head_dim) * 2).bfloat16(), torch.randn(head_dim)
+    expected = wide.float()
+    _reference(torch.float32).head_norm_(expected[:, 1:-1], weight, 1e-6)
+    kernels.head_norm_(wide[:, 1:-1], weight, 1e-6)
+    torch.testing.assert_close(wide.float(), expected, rtol=BF16_ULP, atol=0)
+
+
+def check_act(kernels: Any, kind: str, rows: int, n: int) -> None:
+    """Beside the rounding to bf16: an activation is x times a number up to 1 that errs by a few fp32 units of 1."""
     torch.manual_seed(n)
     x = (torch.randn(rows, 2 * n) * 4).bfloat16()
     x[0, :2] = torch.tensor([200.0, -200.0])  # both ends of exp
-    expected = _reference(torch.float32).silu_mul(x)
-    torch.testing.assert_close(kernels.silu_mul(x).float(), expected, rtol=BF16_ULP, atol=1e-30)
+    gate, up = x.double().chunk(2, dim=-1)
+    exact, error = EXACT_ACTS[kind](gate), 4 * FP32_UNIT * gate.abs()
+    y = kernels.act(x[:, :n].contiguous(), kind).double()
+    assert ((y - exact).abs() <= BF16_ULP * exact.abs() + error).all()
+    y = kernels.act_mul(x, kind).double()
+    assert ((y - exact * up).abs() <= BF16_ULP * (exact * up).abs() + error * up.abs()).all()
+
+
+EXACT_ACTS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+def check_softcap(kernels: Any, rows: int, n: int) -> None:
+    """tanh is within a few units of 1, the cap times that of the result."""
+    torch.manual_seed(n)
+    x = torch.randn(rows, n) * 40
+    expected = (30 * (x.double() / 30).tanh()).float()
+    kernels.softcap_(x, 30.0)
+    torch.testing.assert_close(x, expected, rtol=0, atol=4 * 2 * FP32_UNIT * 30)
+
+
+def check_add(kernels: Any, rows: int, n: int, dtype: torch.dtype) -> None:
+    x, y = torch.randn(rows, n), torch.randn(rows, n).to(dtype)
+    expected = x + y.float()
+    kernels.add_(x, y)
+    assert torch.equal(x, expected)
 
 
 def check_embedding(kernels: Any) -> None:
     table = torch.randn(50, 36).bfloat16()
     ids = torch.tensor([0, 49, 7, 7], dtype=torch.int32)
     assert torch.equal(kernels.embedding(ids, table), table[ids.long()].float())
+    assert torch.equal(kernels.embedding(ids, table, 9.5), table[ids.long()].float() * 9.5)
 
 
 def check_kv_append(kernels: Any, head_dim: int) -> None:
@@ -147,6 +198,8 @@ def check_attention(
     head_dim: int,
     window: int,
     kv_dtype: torch.dtype,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Sequences of `lengths` tokens, the last `new` of each being this step's rows; the earlier ones are cached.
 
@@ -172,30 +225,32 @@ def check_attention(
         qkv = torch.randn(len(batch.positions), heads + 2 * kv_heads, head_dim).bfloat16()
         kernels.kv_append_(qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :], cache, batch)
     q = qkv[:, :heads]
-    expected = _reference(torch.float32).attention(q.float(), cache, batch, group, offset, window)
-    y = kernels.attention(q, cache, batch, group, offset, window)
-    tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window)
+    how = group, offset, window, scale, softcap
+    expected = _reference(torch.float32).attention(q.float(), cache, batch, *how)
+    y = kernels.attention(q, cache, batch, *how)
+    tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window, scale)
     if _rounds_on_the_way(kernels):  # the probabilities to bf16
         sizes = replace(cache, v=cache.v.abs())
-        tolerance += BF16_ULP * _reference(torch.float32).attention(q.float(), sizes, batch, group, offset, window)
+        tolerance += BF16_ULP * _reference(torch.float32).attention(q.float(), sizes, batch, *how)
     assert ((y.float() - expected).abs() <= tolerance).all(), (y.float() - expected).abs().max()
-    assert torch.equal(kernels.attention(q, cache, batch, group, offset, window), y), "not the same twice"
+    assert torch.equal(kernels.attention(q, cache, batch, *how), y), "not the same twice"
 
 
-def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int) -> float:
+def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int, scale: float | None) -> float:
     """Fp32 error of a mean of values, weighted by e^score, in any order of summation; for each of two results.
 
-    A score is a sum of head_dim products: (head_dim + 2) units of |q| |k| / sqrt(head_dim), by Cauchy and Schwarz
+    A score is a sum of head_dim products: (head_dim + 2) units of |q| |k| times the scale, by Cauchy and Schwarz
     above the sum of the products' magnitudes. It moves its weight by as much, relatively, and the mean of values
     by at most twice that of the largest |v|; exp, the sums over keys and the factors of each block's running
-    maximum add a few units a key.
+    maximum add a few units a key. A soft cap is a tanh whose error is a few units of the cap, which is below the
+    largest score where it matters.
     """
     k, v = (
         torch.nan_to_num(x.float() if scale is None else x * scale[..., None])
         for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
     head_dim, keys = q.shape[-1], min(length, window or length)
-    score = float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max()) / math.sqrt(head_dim)
+    score = float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max()) * (scale or 1 / math.sqrt(head_dim))
     return 2 * (2 * (head_dim + 2) * score + 3 * keys) * FP32_UNIT * float(v.abs().max())
 
 
@@ -257,6 +312,8 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     # A group with more queries than a tile, cut within a row; a prompt's later part; decode beside prefill.
     dict(lengths=[140], new=[3], heads=71, group=71, offset=0, head_dim=32, window=0),
     dict(lengths=[500], new=[200], heads=6, group=3, offset=0, head_dim=64, window=100),
+    # Gemma's.
+    dict(lengths=[150, 64], new=[40, 1], heads=4, group=2, offset=0, head_dim=48, window=33, scale=0.3, softcap=5.0),
     dict(lengths=[400, 90, 9, 130], new=[1, 80, 1, 130], heads=5, group=4, offset=3, head_dim=64, window=0),
 ]
 KV_DTYPES = [torch.bfloat16, torch.int8]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distinf.kernels import Placement, ipex, load, native
+from distinf.kernels import ACTS, Placement, ipex, load, native
 from distinf.kernels.formats import FORMATS, Format
 from distinf.kernels.reference import ReferenceKernels
 from tests import kernel_cases as cases
@@ -66,9 +66,32 @@ def test_rope(kernels: Any, rows: int, heads: int, head_dim: int, half: int) -> 
     cases.check_rope(kernels, rows, heads, head_dim, half)
 
 
+@pytest.mark.parametrize("rows, n", [(1, 576), (3, 80), (5, 7), (2, 2048)])
+@pytest.mark.parametrize("with_add", [False, True])
+def test_layer_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
+    cases.check_layer_norm(kernels, rows, n, with_add)
+
+
+@pytest.mark.parametrize("rows, heads, head_dim", [(1, 12, 64), (5, 3, 20), (4, 1, 128)])
+def test_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
+    cases.check_head_norm(kernels, rows, heads, head_dim)
+
+
 @pytest.mark.parametrize("rows, n", [(1, 1536), (3, 40), (2, 33)])
-def test_silu_mul(kernels: Any, rows: int, n: int) -> None:
-    cases.check_silu_mul(kernels, rows, n)
+@pytest.mark.parametrize("kind", ACTS)
+def test_act(kernels: Any, kind: str, rows: int, n: int) -> None:
+    cases.check_act(kernels, kind, rows, n)
+
+
+@pytest.mark.parametrize("rows, n", [(1, 1999), (3, 40)])
+def test_softcap(kernels: Any, rows: int, n: int) -> None:
+    cases.check_softcap(kernels, rows, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows, n", [(1, 1999), (3, 40)])
+def test_add(kernels: Any, rows: int, n: int, dtype: torch.dtype) -> None:
+    cases.check_add(kernels, rows, n, dtype)
 
 
 def test_embedding(kernels: Any) -> None:

@@ -16,6 +16,8 @@ from distinf.kernels import ipex, native
 from distinf.kernels.formats import Format
 from distinf.kernels.reference import ReferenceKernels
 
+ACTS = ("silu", "gelu", "gelu_tanh", "relu")
+
 
 class PackedWeight(Protocol):
     """A [n, k] weight in whatever order its kernels read it; opaque to everyone else."""
@@ -72,6 +74,26 @@ class Kernels(Protocol):
         weight is fp32 [hidden]. Zhang and Sennrich, arXiv 1910.07467.
         """
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x fp32 [T, hidden] += add_ (when given), then (x - mean) / sqrt(variance + eps) * weight + bias: act_dtype.
+
+        weight and bias are fp32 [hidden]; mean and variance are those of the row. Ba et al., arXiv 1607.06450.
+        """
+
+    def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """rms_norm of each vector of x [T, heads, head_dim] act_dtype (rows may be strided), in place.
+
+        weight is fp32 [head_dim].
+        """
+
+    def settle(self, y: torch.Tensor) -> torch.Tensor:
+        """What a row-parallel linear left, as plain fp32 [T, hidden]. Norms take it as it is, as `add_`."""
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x fp32 [T, n] += y, which is fp32 or act_dtype."""
+
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotate x [T, heads, head_dim] (rows may be strided) by cos, sin fp32 [T, half], in place.
 
@@ -86,19 +108,38 @@ class Kernels(Protocol):
         """
 
     def attention(
-        self, q: torch.Tensor, cache: Any, batch: Any, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: Any,
+        batch: Any,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
-        """Causal softmax(q k^T / sqrt(head_dim)) v over the cache: q [T, heads, head_dim] -> same shape.
+        """Causal softmax(scale q k^T) v over the cache: q [T, heads, head_dim] -> same shape.
 
         `group` query heads of the whole model share a KV head; local head h reads local KV head
-        (group_offset + h) // group. `window` > 0 limits a row to its last `window` positions.
+        (group_offset + h) // group. `window` > 0 limits a row to its last `window` positions. `scale` None is
+        1 / sqrt(head_dim). `softcap` c > 0 makes a score s c tanh(s / c) (Gemma 2, arXiv 2408.00118).
         """
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, 2 n] -> silu(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU)."""
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """x [T, n] -> an activation of it, [T, n]. `kind` is one of ACTS.
 
-    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """ids int32 [T], table [vocab, hidden] in act_dtype -> fp32 [T, hidden]."""
+        relu; silu, x / (1 + e^-x); gelu, x times the normal distribution's integral up to x; gelu_tanh, near it:
+        x / (1 + e^(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). Hendrycks and Gimpel, arXiv 1606.08415.
+        """
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """x [T, 2 n] -> act(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU and its kin)."""
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> None:
+        """x fp32 [T, n] becomes cap tanh(x / cap)."""
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """ids int32 [T], table [vocab, hidden] in act_dtype -> scale times its rows, fp32 [T, hidden]."""
 
     def record(self, forward: Callable[[], torch.Tensor]) -> Step:
         """Run `forward` once and keep its ops, with their buffers and the host's calls, as a Step.

@@ -169,6 +169,36 @@ class NativeKernels:
         self._rt.rms_norm(x.data_ptr(), _address(add_), weight.data_ptr(), out.data_ptr(), rows, n, eps)
         return out
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert x.dtype == weight.dtype == bias.dtype == FP32 and x.is_contiguous()
+        assert weight.shape == bias.shape == x.shape[1:]
+        assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
+        out = self._new(*x.shape)
+        rows, n = x.shape
+        vectors = weight.data_ptr(), bias.data_ptr()
+        self._rt.layer_norm(x.data_ptr(), _address(add_), *vectors, out.data_ptr(), rows, n, eps)
+        return out
+
+    def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        rows, heads, head_dim = x.shape
+        assert x.dtype == BF16 and _heads_adjacent(x) and weight.dtype == FP32 and weight.shape == (head_dim,)
+        self._rt.head_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), rows, heads, head_dim, eps)
+
+    def settle(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        assert (
+            x.dtype == FP32
+            and y.dtype in (BF16, FP32)
+            and x.shape == y.shape
+            and x.is_contiguous()
+            and y.is_contiguous()
+        )
+        self._rt.add_rows(x.data_ptr(), y.data_ptr(), y.dtype == FP32, x.numel())
+
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         rows, heads, head_dim = x.shape
         half = cos.shape[1]
@@ -182,7 +212,15 @@ class NativeKernels:
         self._rt.kv_append(k.data_ptr(), v.data_ptr(), k.stride(0), _cache_args(cache), _batch_args(batch))
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
         rows, heads, head_dim = q.shape
         assert q.dtype == BF16 and _heads_adjacent(q) and head_dim == cache.k.shape[3]
@@ -190,21 +228,30 @@ class NativeKernels:
         out = self._new(rows, heads, head_dim)
         self._rt.attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), heads, group, group_offset, window,
-            1 / math.sqrt(head_dim), _cache_args(cache), _batch_args(batch),
+            1 / math.sqrt(head_dim) if scale is None else scale, softcap, _cache_args(cache), _batch_args(batch),
         )  # fmt: skip
         return out
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        rows, n = x.shape[0], x.shape[1] // 2
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return self._act(x, kind, x.shape[1], gated=False)
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return self._act(x, kind, x.shape[1] // 2, gated=True)
+
+    def _act(self, x: torch.Tensor, kind: str, n: int, gated: bool) -> torch.Tensor:
         assert x.dtype == BF16 and x.is_contiguous()
-        out = self._new(rows, n)
-        self._rt.silu_mul(x.data_ptr(), out.data_ptr(), rows, n)
+        out = self._new(len(x), n)
+        self._rt.act(getattr(_native.Act, kind), x.data_ptr(), out.data_ptr(), len(x), n, gated)
         return out
 
-    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def softcap_(self, x: torch.Tensor, cap: float) -> None:
+        assert x.dtype == FP32 and x.is_contiguous()
+        self._rt.softcap(x.data_ptr(), x.numel(), cap)
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         assert ids.dtype == torch.int32 and table.dtype == BF16 and table.is_contiguous()
         out = self._new(len(ids), table.shape[1], dtype=FP32)
-        self._rt.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), *out.shape)
+        self._rt.embedding(ids.data_ptr(), table.data_ptr(), scale, out.data_ptr(), *out.shape)
         return out
 
     def read_probe(self) -> Any:

@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format, quantise, quantise_activations
 
+_ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
 
 @dataclass(frozen=True)
 class ReferenceWeight:
@@ -68,6 +75,23 @@ class ReferenceKernels:
             x += add_
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(self.act_dtype)
 
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if add_ is not None:
+            x += add_
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps).to(self.act_dtype)
+
+    def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        y = x.float()
+        x.copy_(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight)
+
+    def settle(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        x += y
+
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         half = cos.shape[1]
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
@@ -85,8 +109,17 @@ class ReferenceKernels:
                 stored[place], scales[place] = _quantise(x)
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
+        scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
         kv_head = (group_offset + torch.arange(q.shape[1])) // group
         out = torch.empty(q.shape, dtype=self.act_dtype)
         for sequence in batch.sequence.unique():
@@ -98,17 +131,25 @@ class ReferenceKernels:
             v = _gather(cache.v, cache.v_scale, blocks, length)[kv_head]
             distance = position[:, None] - torch.arange(length)  # [rows, length]
             hidden = (distance < 0) | ((distance >= window) if window else False)
-            scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+            scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) * scale
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
             probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
             out[rows] = (probs @ v).transpose(0, 1).to(self.act_dtype)
         return out
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.float().chunk(2, dim=-1)
-        return (F.silu(gate) * up).to(self.act_dtype)
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return _ACTS[kind](x.float()).to(self.act_dtype)
 
-    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return table[ids].float()
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (_ACTS[kind](gate) * up).to(self.act_dtype)
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> None:
+        x.copy_(cap * (x / cap).tanh())
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return table[ids].float() * scale
 
     def record(self, forward: Callable[[], torch.Tensor]) -> EagerStep:
         return EagerStep(forward, forward())

@@ -13,9 +13,10 @@ from distinf.config import ModelConfig, RunConfig
 from distinf.kernels import Kernels
 from distinf.kernels.formats import Format, parse_format
 from distinf.layers import LinearWeight
-from distinf.models.params import Cut, Param, Source, Weights, bias_name
+from distinf.models.params import Cut, Param, Source, Weights
 from distinf.shard import Shard
 from distinf.weights import Checkpoint
+from distinf.weights.sources import read_bias, read_rows, stack
 
 
 def load_weights(
@@ -37,9 +38,14 @@ def load_weights(
     for param in tqdm(params, desc="loading", unit="weight", leave=False, disable=not progress):
         if param.kind == "linear":
             weights.linears[param.name] = _linear(checkpoint, param, cuts, rank, kernels, formats.for_param(param))
+        elif param.kind == "table":
+            source = param.sources[0]
+            rows, columns = (range(n) for n in source.features)
+            table = read_rows(checkpoint, source, kernels.act_dtype, rows, columns)
+            weights.tensors[param.name] = table.contiguous()
         else:
-            dtype = torch.float32 if param.kind == "vector" else kernels.act_dtype
-            weights.tensors[param.name] = checkpoint.read(param.sources[0].name, dtype).contiguous()
+            vector = checkpoint.read(param.sources[0].name, torch.float32).contiguous()
+            weights.tensors[param.name] = vector + param.shift if param.shift else vector
     return weights
 
 
@@ -97,32 +103,29 @@ class Cuts:
     shard: Shard
 
     def rows(self, source: Source) -> range:
-        """Output features."""
-        return self._range(source.rows) if source.rows else range(source.shape[0])
+        """Output features, counted in the source's part of its tensor."""
+        return self._range(source.rows, source.features[0])
 
     def columns(self, param: Param) -> range:
         """Input features."""
-        return self._range(param.columns) if param.columns else range(param.sources[0].shape[1])
+        return self._range(param.columns, param.sources[0].features[1])
 
-    def _range(self, cut: Cut) -> range:
-        unit = self.config.head_dim if cut in ("q_heads", "kv_heads") else 1
-        whole: range = getattr(self.shard, cut)
-        return range(whole.start * unit, whole.stop * unit)
+    def _range(self, cut: Cut | None, size: int) -> range:
+        """This rank's part of `size` features, which are as many for each head, column or token of the cut."""
+        if cut is None:
+            return range(size)
+        config = self.config
+        whole = {"q_heads": config.n_heads, "kv_heads": config.n_kv_heads, "ffn": config.ffn, "vocab": config.vocab}
+        unit, mine = size // whole[cut], getattr(self.shard, cut)
+        return range(mine.start * unit, mine.stop * unit)
 
 
 def _linear(
     checkpoint: Checkpoint, param: Param, cuts: Cuts, rank: int, kernels: Kernels, form: Format
 ) -> LinearWeight:
-    def bias(source: Source) -> torch.Tensor:
-        rows = cuts.rows(source)
-        return checkpoint.read(bias_name(source.name), torch.float32)[rows.start : rows.stop]
-
     columns = cuts.columns(param)
-    parts = [checkpoint.read(s.name, kernels.act_dtype, cuts.rows(s), columns) for s in param.sources]
-    weight = kernels.pack(_stack(parts), form)
+    parts = [read_rows(checkpoint, s, kernels.act_dtype, cuts.rows(s), columns) for s in param.sources]
+    weight = kernels.pack(stack(parts), form)
     has_bias = param.bias and (param.columns is None or rank == 0)
-    return LinearWeight(weight, _stack([bias(s) for s in param.sources]).contiguous() if has_bias else None)
-
-
-def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    biases = [read_bias(checkpoint, s, cuts.rows(s)) for s in param.sources] if has_bias else []
+    return LinearWeight(weight, stack(biases).contiguous() if has_bias else None)

@@ -180,6 +180,10 @@ inline float weigh(float* scores, Span seen, float peak_before, const float* v_s
   return peak;
 }
 
+inline void cap_scores(float* scores, float cap) {
+  for (int64_t i = 0; i < kBlockSize; i += kLanes) store(scores + i, soft_capped(load(scores + i), cap));
+}
+
 // acc[R] = acc * keep + weights . values over some keys of a block, C vectors of columns at once. Several are whole:
 // a test for the end of the row in the inner loop would keep them out of registers.
 template <int R, int C, class T, class Ask>
@@ -227,6 +231,7 @@ inline void attend_queries(const AttentionScratch& s, const Block<T>& block, int
   float totals[R];
   score<R>(s.q + query * stride, stride, (d + 1) / 2, s, scores);
   for (int r = 0; r < R; r++) {
+    if (s.softcap) cap_scores(scores[r], s.softcap);
     const Span seen{block.at(s.first_key[query + r]), block.at(s.end_key[query + r])};
     const float peak = weigh(scores[r], seen, part.max[query + r], s.v_scale, &totals[r]);
     drop[r] = part.max[query + r] - peak;
@@ -284,6 +289,7 @@ inline void attend_block(const AttentionArgs& args, const CacheArgs& cache, cons
 inline void start_tile(const AttentionArgs& args, const BatchArgs& batch, const Tile& tile, int64_t d,
                        AttentionScratch& s, Partial& part) {
   const int64_t stride = round_up(d, kLanes);
+  s.softcap = args.softcap;
   for (int64_t i = 0; i < tile.count; i++) {
     const int64_t row = tile.row_of(i);
     const Span seen = seen_by(args, batch, row);

@@ -64,11 +64,12 @@ void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const Cach
 }
 
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
-               int64_t group_offset, int64_t window, float scale, const CacheArgs& cache, const BatchArgs& batch) {
+               int64_t group_offset, int64_t window, float scale, float softcap, const CacheArgs& cache,
+               const BatchArgs& batch) {
   if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 512");
   rt.reserve_scratch(rt.team.size() * sizeof(AttentionScratch));
   const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group,
-                           group_offset,      window,   scale,         nullptr};
+                           group_offset,      window,   scale,         softcap, nullptr};
   rt.execute([=, &rt](const Worker& w) {
     AttentionArgs with_scratch = args;
     with_scratch.scratch = reinterpret_cast<AttentionScratch*>(rt.scratch());
@@ -76,13 +77,36 @@ void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_
   });
 }
 
-void silu_mul(Runtime& rt, uintptr_t x, uintptr_t out, int64_t rows, int64_t n) {
-  rt.execute([=, &rt](const Worker& w) { rt.kernels.silu_mul(w, at<const bf16>(x), at<bf16>(out), rows, n); });
+void layer_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows,
+                int64_t n, float eps) {
+  rt.execute([=, &rt](const Worker& w) {
+    rt.kernels.layer_norm(w, at<float>(x), at<const float>(add), at<const float>(weight), at<const float>(bias),
+                          at<bf16>(out), rows, n, eps);
+  });
 }
 
-void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, uintptr_t out, int64_t rows, int64_t n) {
+void head_norm(Runtime& rt, uintptr_t x, int64_t stride, uintptr_t weight, int64_t rows, int64_t heads,
+               int64_t head_dim, float eps) {
   rt.execute([=, &rt](const Worker& w) {
-    rt.kernels.embedding(w, at<const int32_t>(ids), at<const bf16>(table), at<float>(out), rows, n);
+    rt.kernels.head_norm(w, at<bf16>(x), stride, at<const float>(weight), rows, heads, head_dim, eps);
+  });
+}
+
+void add_rows(Runtime& rt, uintptr_t x, uintptr_t y, bool fp32, int64_t n) {
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.add_rows(w, at<float>(x), at<const void>(y), fp32, n); });
+}
+
+void act(Runtime& rt, Act kind, uintptr_t x, uintptr_t out, int64_t rows, int64_t n, bool gated) {
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.act(w, kind, at<const bf16>(x), at<bf16>(out), rows, n, gated); });
+}
+
+void softcap(Runtime& rt, uintptr_t x, int64_t n, float cap) {
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.softcap(w, at<float>(x), n, cap); });
+}
+
+void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, float scale, uintptr_t out, int64_t rows, int64_t n) {
+  rt.execute([=, &rt](const Worker& w) {
+    rt.kernels.embedding(w, at<const int32_t>(ids), at<const bf16>(table), scale, at<float>(out), rows, n);
   });
 }
 
@@ -95,6 +119,11 @@ PYBIND11_MODULE(_native, m) {
       .value("avx512", Isa::kAvx512)
       .value("avx512_bf16", Isa::kAvx512Bf16)
       .value("amx", Isa::kAmx);
+  py::enum_<Act>(m, "Act")
+      .value("silu", Act::kSilu)
+      .value("gelu", Act::kGelu)
+      .value("gelu_tanh", Act::kGeluTanh)
+      .value("relu", Act::kRelu);
   m.def("isa_available", &isa_available);
   m.def("cpu_name", &cpu_name);
 
@@ -130,7 +159,11 @@ PYBIND11_MODULE(_native, m) {
       .def("rope", &rope)
       .def("kv_append", &kv_append)
       .def("attention", &attention)
-      .def("silu_mul", &silu_mul)
+      .def("layer_norm", &layer_norm)
+      .def("head_norm", &head_norm)
+      .def("add_rows", &add_rows)
+      .def("act", &act)
+      .def("softcap", &softcap)
       .def("embedding", &embedding)
       .def("peak_tops", &peak_tops, py::arg("int8"), py::arg("repeats"));
 

@@ -1,0 +1,135 @@
+"""The frame that every family has, embedding to logits, and how its layers are made of loaded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distinf.comm import Group
+from distinf.config import ModelConfig
+from distinf.kernels import Kernels
+from distinf.kernels.batch import Batch
+from distinf.kv_cache import KVCache
+from distinf.layers import (
+    MLP,
+    Attention,
+    ColumnParallelLinear,
+    HeadNorm,
+    LayerNorm,
+    Norm,
+    RMSNorm,
+    RowParallelLinear,
+)
+from distinf.models.blocks import Block
+from distinf.models.params import Weights
+from distinf.models.rope import Rotary
+from distinf.shard import Shard
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """See distinf.models.Model."""
+
+    config: ModelConfig
+    shard: Shard
+    embed: torch.Tensor  # [vocab, hidden], each rank whole: ids travel, embeddings do not
+    positions: torch.Tensor | None  # [max_positions, hidden]: learned ones
+    ropes: Sequence[Rotary]
+    blocks: Sequence[Block]
+    norm: Norm
+    head: ColumnParallelLinear
+    kernels: Kernels
+
+    def batch(
+        self, positions: torch.Tensor, sequence: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+    ) -> Batch:
+        """See distinf.models.Model."""
+        turns = [rope(positions, lengths) for rope in self.ropes] or [(torch.empty(len(positions), 0),) * 2]
+        return Batch(positions, sequence, block_table, *(torch.stack(x) for x in zip(*turns, strict=True)))
+
+    def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor | None) -> torch.Tensor:
+        """See distinf.models.Model."""
+        x = self.kernels.embedding(ids, self.embed, self.config.embed_scale)
+        if self.positions is not None:
+            self.kernels.add_(x, self.kernels.embedding(batch.positions, self.positions))
+        delta = None
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            delta = block(x, delta, batch, layer_cache)
+        normed = self.norm(x, delta)
+        logits = self.head(normed if last is None else normed[last], torch.float32)
+        if self.config.logit_softcap:
+            self.kernels.softcap_(logits, self.config.logit_softcap)
+        return logits
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Layers around this rank's weights, by the names of the split table."""
+
+    config: ModelConfig
+    shard: Shard
+    weights: Weights
+    kernels: Kernels
+    group: Group
+
+    def norm(self, name: str) -> Norm:
+        """RMSNorm, or LayerNorm with the bias beside the weight."""
+        tensors, eps = self.weights.tensors, self.config.norm_eps
+        if self.config.layer_norm:
+            return LayerNorm(tensors[name], tensors[name + ".bias"], eps, self.kernels)
+        return RMSNorm(tensors[name], eps, self.kernels)
+
+    def column(self, name: str) -> ColumnParallelLinear:
+        """Column-parallel linear."""
+        return ColumnParallelLinear(self.weights.linears[name], self.kernels)
+
+    def row(self, name: str) -> RowParallelLinear:
+        """Row-parallel linear."""
+        return RowParallelLinear(self.weights.linears[name], self.kernels, self.group)
+
+    def attention(self, layer: int) -> Attention:
+        """Attention of a layer, from `qkv` and `o`."""
+        config, name, window = self.config, f"layers.{layer}.", self.config.window(layer)
+
+        def head_norm(which: str) -> HeadNorm | None:
+            weight = self.weights.tensors.get(name + which)
+            return None if weight is None else HeadNorm(weight, config.norm_eps, self.kernels)
+
+        return Attention(
+            qkv=self.column(name + "qkv"),
+            o=self.row(name + "o"),
+            heads=self.shard.q_heads,
+            kv_heads=self.shard.kv_heads,
+            group_size=config.n_heads // config.n_kv_heads,
+            head_dim=config.head_dim,
+            kernels=self.kernels,
+            rope=None if config.rope is None else int(config.local_rope is not None and window > 0),
+            window=window,
+            scale=config.score_scale,
+            softcap=config.score_softcap,
+            q_norm=head_norm("q_norm"),
+            k_norm=head_norm("k_norm"),
+        )
+
+    def mlp(self, layer: int, gated: bool = True) -> MLP:
+        """MLP of a layer, from `gate_up` (`up` without a gate) and `down`."""
+        name = f"layers.{layer}."
+        up = self.column(name + ("gate_up" if gated else "up"))
+        return MLP(up, self.row(name + "down"), self.config.act, gated, self.kernels)
+
+    def decoder(self, blocks: Sequence[Block]) -> Decoder:
+        """The model around its layers."""
+        config = self.config
+        return Decoder(
+            config=config,
+            shard=self.shard,
+            embed=self.weights.tensors["embed"],
+            positions=self.weights.tensors.get("positions"),
+            ropes=[Rotary(rope) for rope in (config.rope, config.local_rope) if rope],
+            blocks=blocks,
+            norm=self.norm("norm"),
+            head=self.column("head"),
+            kernels=self.kernels,
+        )

@@ -1,0 +1,95 @@
+"""A tiny random model of every family, made by transformers: a family without a recipe here fails its tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+VOCAB = 199
+
+# Three heads, widths that are no whole tile, three layers.
+COMMON: dict[str, Any] = {
+    "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": VOCAB,
+    "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": VOCAB - 1, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA: dict[str, Any] = {**COMMON, "intermediate_size": 176, "num_key_value_heads": 1, "head_dim": 20}
+NEOX: dict[str, Any] = {**COMMON, "intermediate_size": 176}
+OPT: dict[str, Any] = {**COMMON, "ffn_dim": 176, "word_embed_proj_dim": 96, "tie_word_embeddings": True}
+GPT2: dict[str, Any] = {"n_embd": 96, "n_head": 3, "n_layer": 3, "n_positions": 512, "vocab_size": VOCAB,
+                        "bos_token_id": 0, "eos_token_id": VOCAB - 1}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}  # fmt: skip
+
+
+def randomised(model: nn.Module, seed: int = 0) -> Any:
+    """The model with norms around their neutral value and everything else around zero, biases included."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            neutral = float(parameter.flatten()[0]) if parameter.dim() == 1 else 0.0  # 1, in Gemma 0; a bias: 0
+            parameter.normal_(neutral, 0.2 if parameter.dim() == 1 else 0.1)
+    return model.eval()
+
+
+def make(name: str, base: dict[str, Any] = LLAMA, head: str = "ForCausalLM", **fields: Any) -> Callable[[Path], Any]:
+    """Recipe of transformers' `name`, with these fields of its config besides those of `base`."""
+
+    def recipe(directory: Path) -> Any:
+        config = getattr(transformers, name + "Config")(**{**base, **fields}, attn_implementation="eager")
+        model = randomised(getattr(transformers, name.removesuffix("Text") + head)(config))
+        model.save_pretrained(directory)
+        return model
+
+    return recipe
+
+
+# model_type -> recipes by a name of their own: each writes a directory and returns the oracle.
+RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
+    "llama": {
+        "plain": make("Llama", attention_bias=True, mlp_bias=True),
+        "linear": make("Llama", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
+        "dynamic": make("Llama", max_position_embeddings=128,
+                        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
+        "llama3": make("Llama", rope_parameters={**LLAMA3, "rope_theta": 10000.0}, tie_word_embeddings=True),
+        "yarn": make("Llama", rope_parameters=YARN),
+    },
+    "mistral": {"window": make("Mistral", sliding_window=50), "no window": make("Mistral", sliding_window=None)},
+    "qwen2": {
+        "plain": make("Qwen2"),
+        "some windows": make("Qwen2", use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    },
+    "qwen3": {"plain": make("Qwen3", tie_word_embeddings=True)},
+    "gemma2": {"plain": make("Gemma2", query_pre_attn_scalar=24, sliding_window=40, attn_logit_softcapping=3.0,
+                             final_logit_softcapping=20.0)},
+    "gemma3_text": {
+        "plain": make("Gemma3Text", num_hidden_layers=4, tie_word_embeddings=True, sliding_window=40, query_pre_attn_scalar=24,
+                      layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]),
+    },
+    "opt": {"plain": make("OPT", OPT)},
+    "gpt2": {"plain": make("GPT2", GPT2, "LMHeadModel")},
+    "gpt_neox": {
+        "parallel": make("GPTNeoX", NEOX),
+        "sequential": make("GPTNeoX", NEOX, use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
+    },
+    "phi3": {
+        "partial": make("Phi3", partial_rotary_factor=0.8, sliding_window=60),
+        "longrope": make("Phi3", head_dim=16, num_attention_heads=6, num_key_value_heads=2, rope_parameters=LONGROPE,
+                         original_max_position_embeddings=128),
+    },
+}  # fmt: skip
+
+
+CASES = [(name, case) for name, recipes in RECIPES.items() for case in recipes]
+
+
+def prompt_of(n: int, seed: int = 11) -> list[int]:
+    return [(37 * i + seed) % VOCAB for i in range(n)]
