@@ -43,7 +43,7 @@ class ModelConfig:
     mlp_bias: bool = False
     layer_norm: bool = False  # LayerNorm instead of RMSNorm
     norm_shift: float = 0.0  # added to the weight of every norm (Gemma keeps w - 1)
-    parallel: bool = False  # attention beside the MLP instead of before it
+    parallel_norms: int = 0  # 0: attention before the MLP; 1: beside it, behind one norm; 2: behind a norm each
     qk_norm: bool = False  # a norm of each query and key head
     act: str = "silu"  # of the feed-forward block; see Kernels.act
     # Attention
@@ -53,6 +53,7 @@ class ModelConfig:
     score_softcap: float = 0.0  # c: scores become c tanh(score / c); 0: as they are
     # The two ends
     embed_scale: float = 1.0
+    unit_head: bool = False  # the head's rows are divided by their length
     logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 VOCAB = 199
@@ -52,6 +54,24 @@ def make(name: str, base: dict[str, Any] = LLAMA, head: str = "ForCausalLM", **f
     return recipe
 
 
+def baichuan(directory: Path) -> Any:
+    """No class of transformers': a Llama whose head's rows have length 1, written as Baichuan 2 keeps it."""
+    config = transformers.LlamaConfig(**{**LLAMA, "num_key_value_heads": 3, "head_dim": 32})
+    model = randomised(transformers.LlamaForCausalLM(config))
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}  # the head's rows of any length
+    for i in range(config.num_hidden_layers):
+        attention = f"model.layers.{i}.self_attn."
+        parts = [tensors.pop(f"{attention}{p}_proj.weight") for p in "qkv"]
+        tensors[attention + "W_pack.weight"] = torch.cat(parts)
+    save_file(tensors, directory / "model.safetensors")
+    model.lm_head.weight.data = nn.functional.normalize(model.lm_head.weight.data)
+    fields = {k: v for k, v in COMMON.items() if k != "tie_word_embeddings"}
+    fields |= {"model_type": "baichuan", "intermediate_size": 176, "rms_norm_eps": config.rms_norm_eps,
+               "hidden_act": "silu", "z_loss_weight": 0, "model_max_length": 512}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(fields))
+    return model
+
+
 # model_type -> recipes by a name of their own: each writes a directory and returns the oracle.
 RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
     "llama": {
@@ -80,6 +100,15 @@ RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
         "parallel": make("GPTNeoX", NEOX),
         "sequential": make("GPTNeoX", NEOX, use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
     },
+    "falcon": {
+        "multi-query": make("Falcon", COMMON, ffn_hidden_size=176),
+        "new": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True, bias=True),
+        "new, one norm": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=3, new_decoder_architecture=True,
+                              num_ln_in_parallel_attn=1),
+    },
+    "glm": {"plain": make("Glm", attention_bias=True, partial_rotary_factor=0.5)},
+    "glm4": {"plain": make("Glm4", partial_rotary_factor=0.5)},
+    "baichuan": {"7b": baichuan},
     "phi3": {
         "partial": make("Phi3", partial_rotary_factor=0.8, sliding_window=60),
         "longrope": make("Phi3", head_dim=16, num_attention_heads=6, num_key_value_heads=2, rope_parameters=LONGROPE,

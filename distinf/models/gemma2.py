@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distinf.comm import Group
@@ -48,22 +48,28 @@ def gemma_config(fields: Fields, **more: Any) -> ModelConfig:
 
 def params(config: ModelConfig) -> list[Param]:
     """See distinf.models.Family."""
-    norms = {
-        "input_norm": "input_layernorm",
-        "attention_norm": "post_attention_layernorm",
-        "mlp_input_norm": "pre_feedforward_layernorm",
-        "mlp_norm": "post_feedforward_layernorm",
-    }
     table = outer_params(config)
     for i in range(config.n_layers):
         source, name = f"model.layers.{i}.", f"layers.{i}."
-        table += [
-            vector(name + norm, f"{source}{theirs}.weight", config.hidden, config.norm_shift)
-            for norm, theirs in norms.items()
-        ]
+        norms = (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        )
+        table += sandwich_norms(source, name, config, norms)
         table += attention_params(source + "self_attn.", name, config)
         table += mlp_params(source + "mlp.", name, config)
     return table
+
+
+def sandwich_norms(source: str, name: str, config: ModelConfig, theirs: Sequence[str]) -> list[Param]:
+    """The four norms of a layer, whose names in the checkpoint are `theirs`; `source` and `name` are prefixes."""
+    ours = ("input_norm", "attention_norm", "mlp_input_norm", "mlp_norm")
+    return [
+        vector(name + norm, f"{source}{their}.weight", config.hidden, config.norm_shift)
+        for norm, their in zip(ours, theirs, strict=True)
+    ]
 
 
 def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels, group: Group) -> Decoder:

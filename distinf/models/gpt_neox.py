@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distinf.comm import Group
 from distinf.config import ModelConfig
-from distinf.kernels import Kernels
-from distinf.models.blocks import Block, ParallelBlock
-from distinf.models.decoder import Decoder, Parts
 from distinf.models.fields import Fields, read_config
 from distinf.models.llama import llama_config, rope_config
-from distinf.models.opt import plain_block
-from distinf.models.params import Param, Source, Weights, layer_norm
-from distinf.shard import Shard
+from distinf.models.opt import build
+from distinf.models.params import Param, Source, layer_norm
+
+__all__ = ["build", "config_from_hf", "params"]
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -31,7 +28,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             n_kv_heads=n_heads,
             norm_eps=fields.number("layer_norm_eps"),
             layer_norm=True,
-            parallel=fields.flag("use_parallel_residual", True),
+            parallel_norms=2 if fields.flag("use_parallel_residual", True) else 0,
             qkv_bias=bias,
             o_bias=bias,
         )
@@ -71,16 +68,3 @@ def layer_params(source: str, name: str, config: ModelConfig) -> list[Param]:
         Param(name + "up", "linear", (up,), bias=True),
         Param(name + "down", "linear", (down,), columns="ffn", bias=True),
     ]
-
-
-def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels, group: Group) -> Decoder:
-    """See distinf.models.Family."""
-    part = Parts(config, shard, weights, kernels, group)
-
-    def block(i: int) -> Block:
-        if not config.parallel:
-            return plain_block(part, i)
-        before, beside = (part.norm(f"layers.{i}.{which}") for which in ("input_norm", "post_norm"))
-        return ParallelBlock(before, part.attention(i), beside, part.mlp(i, gated=False))
-
-    return part.decoder([block(i) for i in range(config.n_layers)])

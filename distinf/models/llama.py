@@ -38,7 +38,7 @@ def llama_config(fields: Fields, tied: bool = False, **more: Any) -> ModelConfig
         **{
             "model_type": fields.get("model_type"),
             "hidden": hidden,
-            "ffn": fields.integer("intermediate_size"),
+            "ffn": more.get("ffn") or fields.integer("intermediate_size"),
             "n_layers": fields.integer("num_hidden_layers"),
             "n_heads": n_heads,
             "n_kv_heads": fields.integer("num_key_value_heads", default=n_heads),
@@ -55,19 +55,22 @@ def llama_config(fields: Fields, tied: bool = False, **more: Any) -> ModelConfig
     )
 
 
-def rope_config(fields: Fields, head_dim: int, rotary_factor: float = 1.0) -> RopeConfig:
+def rope_config(
+    fields: Fields, head_dim: int, rotary_factor: float = 1.0, theta: float = 0.0, max_positions: int | None = None
+) -> RopeConfig:
     """Rotary settings: `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both.
 
-    `rotary_factor`: the rotated part of a head where config.json does not say.
+    `rotary_factor` (the rotated part of a head), `theta` and `max_positions` count where config.json does not say.
     """
     scaling = dict(fields.get("rope_parameters", "rope_scaling", default={}))
-    theta = fields.number("rope_theta", "rotary_emb_base", default=0.0)
+    theta = fields.number("rope_theta", "rotary_emb_base", default=theta)
     factor = fields.number("partial_rotary_factor", "rotary_pct", default=rotary_factor)
     # Phi-3 keeps this entry beside the scaling that it belongs to.
     original = fields.integer("original_max_position_embeddings", default=0)
     if original and scaling:
         scaling.setdefault("original_max_position_embeddings", original)
-    return rope_of(scaling, theta, factor, head_dim, fields.integer("max_position_embeddings"))
+    otherwise = {} if max_positions is None else {"default": max_positions}
+    return rope_of(scaling, theta, factor, head_dim, fields.integer("max_position_embeddings", **otherwise))
 
 
 def rope_of(scaling: dict[str, Any], theta: float, factor: float, head_dim: int, max_positions: int) -> RopeConfig:
@@ -129,16 +132,19 @@ def outer_params(config: ModelConfig) -> list[Param]:
     return [
         Param("embed", "table", (Source("model.embed_tokens.weight", embed),)),
         vector("norm", "model.norm.weight", config.hidden, config.norm_shift),
-        Param("head", "linear", (Source(head, embed, "vocab"),)),
+        Param("head", "linear", (Source(head, embed, "vocab", unit_rows=config.unit_head),)),
     ]
 
 
-def attention_params(source: str, name: str, config: ModelConfig) -> list[Param]:
-    """Query, key, value and output projections, and the norms of heads; `source` and `name` are prefixes."""
+def attention_params(source: str, name: str, config: ModelConfig, pairs: int = 0) -> list[Param]:
+    """Query, key, value and output projections, and the norms of heads; `source` and `name` are prefixes.
+
+    `pairs`: see Source.
+    """
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     qkv = (
-        Source(source + "q_proj.weight", (q, config.hidden), "q_heads"),
-        Source(source + "k_proj.weight", (kv, config.hidden), "kv_heads"),
+        Source(source + "q_proj.weight", (q, config.hidden), "q_heads", pairs=pairs, head_dim=config.head_dim),
+        Source(source + "k_proj.weight", (kv, config.hidden), "kv_heads", pairs=pairs, head_dim=config.head_dim),
         Source(source + "v_proj.weight", (kv, config.hidden), "kv_heads"),
     )
     norms = ("q_norm", "k_norm") if config.qk_norm else ()

@@ -8,7 +8,7 @@ from typing import Any
 from distinf.comm import Group
 from distinf.config import ModelConfig
 from distinf.kernels import Kernels
-from distinf.models.blocks import PreNormBlock
+from distinf.models.blocks import Block, ParallelBlock, PreNormBlock
 from distinf.models.decoder import Decoder, Parts
 from distinf.models.fields import Fields, read_config
 from distinf.models.params import Param, Source, Weights, layer_norm
@@ -82,13 +82,15 @@ def layer_params(source: str, name: str, config: ModelConfig) -> list[Param]:
 
 
 def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels, group: Group) -> Decoder:
-    """See distinf.models.Family."""
+    """See distinf.models.Family. Of every family without a gate."""
     part = Parts(config, shard, weights, kernels, group)
-    return part.decoder([plain_block(part, i) for i in range(config.n_layers)])
 
+    def block(i: int) -> Block:
+        first, attention, mlp = part.norm(f"layers.{i}.input_norm"), part.attention(i), part.mlp(i, gated=False)
+        second = None if config.parallel_norms == 1 else part.norm(f"layers.{i}.post_norm")
+        if config.parallel_norms:
+            return ParallelBlock(first, attention, second, mlp)
+        assert second
+        return PreNormBlock(first, attention, second, mlp)
 
-def plain_block(part: Parts, layer: int) -> PreNormBlock:
-    """A layer with norms before its parts and an MLP without a gate."""
-    name = f"layers.{layer}."
-    mlp = part.mlp(layer, gated=False)
-    return PreNormBlock(part.norm(name + "input_norm"), part.attention(layer), part.norm(name + "post_norm"), mlp)
+    return part.decoder([block(i) for i in range(config.n_layers)])

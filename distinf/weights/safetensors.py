@@ -67,6 +67,9 @@ class SafetensorsCheckpoint:
 
     def _known(self, name: str) -> str:
         if name not in self._file_of:
+            bare = name.partition(".")[2]  # saved from the model without its head, as GPT-2's own files are
+            if bare in self._file_of:
+                return bare
             raise ValueError(f"{self._directory}: tensor {name!r} is missing from {', '.join(self._files)}")
         return name
 
