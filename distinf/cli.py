@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
-from distinf.config import COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
+from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
 from distinf.engine import Sequence
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
@@ -46,6 +46,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
     parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
+    parser.add_argument(
+        "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
+    )
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
@@ -214,7 +217,7 @@ def run_ranks(parser: argparse.ArgumentParser, argv: list[str] | None = None) ->
     try:
         args = parser.parse_args(argv)
         try:
-            group = comm.init(args.comm)
+            group = comm.init(args.comm, getattr(args, "comm_dtype", "fp32"))
         except ValueError as error:
             raise InputError(str(error)) from None
         args.run(args, group)

@@ -74,7 +74,8 @@ DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
 KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
-COMMS = ("auto", "single", "mpi")
+COMMS = ("auto", "single", "mpi", "shm")
+COMM_DTYPES = ("fp32", "bf16")
 LOAD_FORMATS = ("auto", "dummy")
 
 

@@ -44,17 +44,15 @@ class RowParallelLinear:
         """x [T, k_local] -> fp32 [T, n]: this rank's part of the sum alone."""
         return self.kernels.linear(x, self.linear.weight, self.linear.bias, torch.float32)
 
-    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, k_local] -> fp32 [T, n], the same on every rank.
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> Any:
+        """x [T, k_local] -> fp32 [T, n], for a norm's `add_` or kernels.settle: see Kernels.partial_linear.
 
         `plus` is another layer's `partial`: two results that are added anyway are reduced once.
         """
-        y = self.partial(x)
-        if plus is not None:
-            self.kernels.add_(y, plus)
-        if self.group.world_size > 1:
-            self.kernels.host_call(self.group.all_reduce_, y)
-        return y
+        if plus is None:
+            return self.kernels.partial_linear(x, self.linear.weight, self.linear.bias, self.group)
+        self.kernels.add_(plus, self.partial(x))
+        return self.kernels.all_reduce_(plus, self.group)
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class RMSNorm:
     eps: float
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, add_: torch.Tensor | None = None) -> torch.Tensor:
-        """x fp32 [T, hidden] += add_, then its norm in act_dtype."""
+    def __call__(self, x: torch.Tensor, add_: Any = None) -> torch.Tensor:
+        """x fp32 [T, hidden] += add_ (a tensor, or what RowParallelLinear gave), then its norm in act_dtype."""
         return self.kernels.rms_norm(x, self.weight, self.eps, add_)
 
 
@@ -79,8 +77,8 @@ class LayerNorm:
     eps: float
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, add_: torch.Tensor | None = None) -> torch.Tensor:
-        """x fp32 [T, hidden] += add_, then its norm in act_dtype."""
+    def __call__(self, x: torch.Tensor, add_: Any = None) -> torch.Tensor:
+        """See RMSNorm."""
         return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, add_)
 
 
@@ -139,12 +137,12 @@ class Attention:
         )
         return attended.flatten(1)
 
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """x [T, hidden] act_dtype -> fp32 [T, hidden]."""
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> Any:
+        """x [T, hidden] act_dtype -> what `o` gives."""
         return self.o(self.heads_of(x, batch, cache))
 
     def partial(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """The same before the reduction; see RowParallelLinear."""
+        """fp32 [T, hidden]: this rank's part of it alone; see RowParallelLinear."""
         return self.o.partial(self.heads_of(x, batch, cache))
 
 
@@ -158,13 +156,9 @@ class MLP:
     gated: bool
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, hidden] act_dtype -> fp32 [T, hidden]. `plus`: see RowParallelLinear."""
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> Any:
+        """x [T, hidden] act_dtype -> what `down` gives. `plus`: see RowParallelLinear."""
         return self.down(self._activated(x), plus)
-
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """The same before the reduction; see RowParallelLinear."""
-        return self.down.partial(self._activated(x))
 
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
         return (self.kernels.act_mul if self.gated else self.kernels.act)(self.up(x), self.act)

@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "shard": set(),
     "topology": set(),
     "memory": set(),
-    "comm": set(),
+    "comm": {"kernels"},  # for its native all-reduce, which steps contain
     "kernels": set(),
     "gguf_reader": set(),
     "tokenizer": {"gguf_reader"},

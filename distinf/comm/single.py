@@ -14,6 +14,10 @@ class SingleGroup:
     name = "single"
     rank = 0
     world_size = 1
+    native = None
+
+    def __init__(self, wire_bf16: bool = False) -> None:
+        """Nothing travels: `wire_bf16` has no effect."""
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         pass

@@ -14,6 +14,7 @@ import torch
 
 from distinf.kernels import ipex, native
 from distinf.kernels.formats import Format
+from distinf.kernels.ranks import Ranks
 from distinf.kernels.reference import ReferenceKernels
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -66,20 +67,32 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """x [T, k] act_dtype -> x . weight^T + bias: [T, n] in out_dtype (act_dtype or fp32); bias fp32 [n]."""
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> Any:
+        """x . weight^T + bias summed over `ranks`, fp32 [T, n], as rms_norm takes it for `add_`; `settle` gives it out.
+
+        The sum may be formed only when it is read, so one such result is used up before the next is made.
+        """
+
+    def settle(self, y: Any) -> torch.Tensor:
+        """What partial_linear returned, as a tensor: fp32 [T, n], the same bits on every rank."""
+
+    def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """y fp32 [T, n] summed over `ranks`, in place; returns it, the same bits on every rank."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: Any = None) -> torch.Tensor:
         """x fp32 [T, hidden] += add_ (when given), then x / sqrt(mean(x^2) + eps) * weight: act_dtype.
 
-        weight is fp32 [hidden]. Zhang and Sennrich, arXiv 1910.07467.
+        add_ is fp32 [T, hidden] or what partial_linear gave; weight is fp32 [hidden]. Zhang and Sennrich, arXiv
+        1910.07467.
         """
 
     def layer_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: Any = None
     ) -> torch.Tensor:
-        """x fp32 [T, hidden] += add_ (when given), then (x - mean) / sqrt(variance + eps) * weight + bias: act_dtype.
+        """x fp32 [T, hidden] += add_ (as in rms_norm), then its layer norm in act_dtype.
 
-        weight and bias are fp32 [hidden]; mean and variance are those of the row. Ba et al., arXiv 1607.06450.
+        (x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance of the row; weight and bias are fp32
+        [hidden]. Ba et al., arXiv 1607.06450.
         """
 
     def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -87,9 +100,6 @@ class Kernels(Protocol):
 
         weight is fp32 [head_dim].
         """
-
-    def settle(self, y: torch.Tensor) -> torch.Tensor:
-        """What a row-parallel linear left, as plain fp32 [T, hidden]. Norms take it as it is, as `add_`."""
 
     def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x fp32 [T, n] += y, which is fp32 or act_dtype."""

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format, quantise, quantise_activations
+from distinf.kernels.ranks import Ranks
 
 _ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -68,6 +70,16 @@ class ReferenceKernels:
         x = quantise_activations(x, digits) if digits and x.numel() else x.float()
         return F.linear(x, weight.data.float(), bias).to(out_dtype or self.act_dtype)
 
+    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
+        return self.all_reduce_(self.linear(x, weight, bias, torch.float32), ranks)
+
+    def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ranks.all_reduce_(y)
+        return y
+
+    def settle(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -85,9 +97,6 @@ class ReferenceKernels:
     def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         y = x.float()
         x.copy_(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight)
-
-    def settle(self, y: torch.Tensor) -> torch.Tensor:
-        return y
 
     def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
         x += y

@@ -7,7 +7,7 @@ that is in x already) and returns what it leaves itself: the next norm adds it o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -19,9 +19,7 @@ from distinf.layers import MLP, Attention, Norm
 class Block(Protocol):
     """One transformer layer."""
 
-    def __call__(
-        self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, cache: LayerCache
-    ) -> torch.Tensor | None:
+    def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> Any:
         """See above."""
 
 
@@ -34,7 +32,7 @@ class PreNormBlock:
     post_norm: Norm
     mlp: MLP
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, cache: LayerCache) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> Any:
         """See Block."""
         attended = self.attention(self.input_norm(x, delta), batch, cache)
         return self.mlp(self.post_norm(x, attended))
@@ -52,7 +50,7 @@ class SandwichBlock:
     mlp_norm: Norm
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, cache: LayerCache) -> None:
+    def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> None:
         """See Block; nothing is left to add."""
         attended = self.kernels.settle(self.attention(self.input_norm(x, delta), batch, cache))
         self.kernels.add_(x, self.attention_norm(attended))
@@ -69,7 +67,7 @@ class ParallelBlock:
     mlp_norm: Norm | None  # None: the MLP reads what the attention reads
     mlp: MLP
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, cache: LayerCache) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> Any:
         """See Block."""
         normed = self.input_norm(x, delta)
         attended = self.attention.partial(normed, batch, cache)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
+from distinf.comm.shm import ShmGroup
+from distinf.kernels import Placement, load, native
+from distinf.kernels.formats import FORMATS
+
+needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+
+
+class PairsAreNodes(ShmGroup):
+    """Ranks 0 and 1 on one node, the next two on another: two levels, on whatever machine this is."""
+
+    def _node(self) -> Any:
+        return self._comm.Split(self.rank // 2, self.rank)
 
 
 @pytest.fixture(scope="module")
@@ -14,15 +28,92 @@ def group() -> Group:
     return comm.init()
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 2048), (300, 576)])
-def test_all_reduce_sums_and_every_rank_has_the_same_bits(group: Group, shape: tuple[int, ...]) -> None:
-    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(r)) for r in range(group.world_size)]
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (kind, wire), marks=[] if kind == "mpi" and wire == "fp32" else needs_extension, id=f"{kind}-{wire}"
+        )
+        for kind in ("mpi", "shm", "pairs")
+        for wire in ("fp32", "bf16")
+    ],
+)
+def wired(request: pytest.FixtureRequest) -> tuple[Group, str]:
+    """A group that sums in one of the ways, and what its partial sums are rounded to."""
+    kind, wire = request.param
+    return (PairsAreNodes(wire == "bf16") if kind == "pairs" else comm.init(kind, wire)), wire
+
+
+def parts_of(group: Group, *shape: int, seed: int = 0) -> list[torch.Tensor]:
+    """What each rank has to add."""
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(97 * seed + r)) for r in range(group.world_size)]
+
+
+def assert_sum(group: Group, x: torch.Tensor, parts: list[torch.Tensor], wire: str) -> None:
+    """Each rounding, of a part or of a sum of some, errs by half a unit of the parts' magnitudes together; bf16
+    parts are rounded when they leave a rank, when a node's are added, and when the nodes' are.
+    """
+    magnitude = torch.stack(parts).double().abs().sum(0)
+    unit = 3 * 2.0**-8 if wire == "bf16" else len(parts) * 2.0**-24
+    error = (x.double() - torch.stack(parts).double().sum(0)).abs()
+    assert (error <= 1.01 * unit * magnitude).all(), (error.max(), group.name)
+    assert all(torch.equal(other, x) for other in group.all_gather(x))
+
+
+# The last ones are longer than a slot, and no multiple of one.
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 2048), (40, 2048), (300, 2047)])
+def test_all_reduce_sums_and_every_rank_has_the_same_bits(wired: tuple[Group, str], shape: tuple[int, ...]) -> None:
+    group, wire = wired
+    parts = parts_of(group, *shape)
     x = parts[group.rank].clone()
     group.all_reduce_(x)
-    exact = torch.stack(parts).double().sum(0)
-    torch.testing.assert_close(x.double(), exact, rtol=0, atol=group.world_size * 2**-22)
-    everyone = group.all_gather(x)
-    assert all(torch.equal(other, x) for other in everyone)
+    assert_sum(group, x, parts, wire)
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [1, 2, 5, 700])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_partial_linear_is_summed_by_settle_and_by_the_norm(wired: tuple[Group, str], rows: int, threads: int) -> None:
+    """Eagerly and replayed, with changed input: the same bits."""
+    group, wire = wired
+    k, n = 32, 416
+    kernels = load("native", "auto", "bf16", Placement((-1,) * threads, oversubscribed=True))
+    inputs = [x.bfloat16() for x in parts_of(group, rows, k, seed=1)]
+    weights = [w.bfloat16() for w in parts_of(group, n, k, seed=2)]
+    weight, x = kernels.pack(weights[group.rank], FORMATS["bf16"]), inputs[group.rank].clone()
+    stream, ones = torch.zeros(rows, n), torch.ones(n)
+
+    def forward() -> torch.Tensor:
+        kernels.rms_norm(stream, ones, 1e-5, kernels.partial_linear(x, weight, None, group))
+        return kernels.settle(kernels.partial_linear(x, weight, None, group))
+
+    step = kernels.record(forward)
+    eager, first = step.result.clone(), stream.clone()
+    x.zero_()
+    stream.zero_()
+    assert not step.replay().any() and not stream.any()
+    x.copy_(inputs[group.rank])
+    for _ in range(3):
+        stream.zero_()
+        assert torch.equal(step.replay(), eager) and torch.equal(stream, first) and torch.equal(first, eager)
+    # fp32 products of bf16 numbers: half a unit for each of k additions, far below a wire in bf16.
+    exact = [x.double() @ w.double().T for x, w in zip(inputs, weights, strict=True)]
+    magnitude = sum(x.double().abs() @ w.double().abs().T for x, w in zip(inputs, weights, strict=True))
+    unit = (k + 2 + len(exact)) * 2.0**-24 + (3 * 2.0**-8 if wire == "bf16" else 0)
+    assert ((eager.double() - sum(exact)).abs() <= 1.01 * unit * magnitude).all()
+    assert all(torch.equal(other, eager) for other in group.all_gather(eager))
+
+
+@needs_extension
+def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
+    group, _ = wired
+    kernels = load("native", "auto", "bf16", Placement((-1,), oversubscribed=True))
+    mine = group.rank == group.world_size - 1
+    x, w = torch.ones(2, 8 if mine else 0).bfloat16(), torch.ones(32, 8 if mine else 0).bfloat16()
+    for height in (0, 3):
+        bias = torch.full((32,), float(height)) if height and group.rank == 0 else None
+        y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group))
+        assert torch.equal(y, torch.full((2, 32), 8.0 + height))
 
 
 def test_all_gather_is_in_rank_order(group: Group) -> None:

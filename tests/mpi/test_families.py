@@ -39,13 +39,13 @@ def group() -> Group:
     return comm.init()
 
 
-def make_oracle(group: Group, tmp_path: Path, name: str, case: str) -> Oracle:
+def make_oracle(group: Group, tmp_path: Path, name: str, case: str, lengths: tuple[int, ...] = LENGTHS) -> Oracle:
     """Rank 0 writes the model and asks it, the others are told."""
     if group.rank:
         return Oracle(*group.broadcast_object(None))
     with torch.no_grad():
         model = RECIPES[name][case](tmp_path)
-        logits = {n: model(torch.tensor([prompt_of(n)])).logits[0, -1].clone() for n in LENGTHS}
+        logits = {n: model(torch.tensor([prompt_of(n)])).logits[0, -1].clone() for n in lengths}
     return Oracle(*group.broadcast_object((tmp_path, logits)), model)
 
 
@@ -72,3 +72,16 @@ def test_logits_and_greedy_tokens_equal_transformers(group: Group, tmp_path: Pat
     else:
         right = group.broadcast_object(None)
     assert right == [True] * len(prompts), together
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_captured_and_eager_steps_choose_alike(group: Group, tmp_path: Path, name: str) -> None:
+    oracle = make_oracle(group, tmp_path, name, next(iter(RECIPES[name])), lengths=())
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    captured, eager = (
+        LLM(str(oracle.path), dtype="bf16", group=group, capture=capture).generate(
+            [prompt_of(9), prompt_of(70)], params
+        )
+        for capture in (True, False)
+    )
+    assert [c.token_ids for c in captured] == [c.token_ids for c in eager]

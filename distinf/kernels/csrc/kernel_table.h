@@ -22,6 +22,28 @@ struct LinearArgs {
   char* scratch;  // 64-byte aligned; quantised rows of x, or partial sums
 };
 
+// Vectors whose sum, formed in this order, is meant: one, or the partial results of several ranks.
+struct Parts {
+  const void* const* data;
+  int count;
+  bool bf16;  // else fp32
+};
+
+// x[rows, n] += add (when it has parts), then out = x / rms(x) * weight
+struct RmsNormArgs {
+  float* x;
+  Parts add;
+  const float* weight;
+  bf16* out;
+  int64_t rows, n;
+  float eps;
+  float* squares;  // norm_scratch_floats(workers)
+};
+
+// A worker's sums of squares, one for each of fewer rows than workers, lie on cache lines of their own.
+constexpr int64_t norm_scratch_stride(int64_t workers) { return (workers + 15) / 16 * 16; }
+constexpr int64_t norm_scratch_floats(int64_t workers) { return workers * norm_scratch_stride(workers); }
+
 // Which rows of a step belong to which sequence, and where their keys and values lie.
 struct BatchArgs {
   const int32_t* positions;    // [rows] place of the row in its sequence
@@ -87,9 +109,9 @@ enum class Act { kSilu, kGelu, kGeluTanh, kRelu };
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
   void (*linear_quantised)(const Worker&, const LinearArgs&);
-  // x[rows, n] += add (when given), then out = x / rms(x) * weight
-  void (*rms_norm)(const Worker&, float* x, const float* add, const float* weight, bf16* out, int64_t rows, int64_t n,
-                   float eps);
+  void (*rms_norm)(const Worker&, const RmsNormArgs&);
+  // out[begin .. end] (fp32 or bf16) = sum of the parts. One thread's work.
+  void (*sum_parts)(const Parts&, int64_t begin, int64_t end, void* out, bool out_bf16);
   // The same with a mean taken off and a bias: out = (x - mean) / deviation * weight + bias
   void (*layer_norm)(const Worker&, float* x, const float* add, const float* weight, const float* bias, bf16* out,
                      int64_t rows, int64_t n, float eps);
