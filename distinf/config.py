@@ -18,6 +18,34 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """Feed-forward blocks of several experts, of which each token uses a few. See distinf.kernels.routing.Router."""
+
+    layers: tuple[bool, ...]  # which have experts; the others have a plain feed-forward block
+    n_experts: int
+    top_k: int
+    ffn: int  # of each expert
+    shared_ffn: int = 0  # of the expert that all tokens use; 0: none
+    shared_gate: bool = False  # whose result is weighted by a gate of its own
+    sigmoid: bool = False
+    choice_bias: bool = False
+    normalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_k <= self.n_experts:
+            raise ValueError(f"config: {self.top_k} experts a token of {self.n_experts}: expected 1 up to all")
+        if self.n_experts % self.groups or not 0 < self.top_groups <= self.groups:
+            raise ValueError(
+                f"config: {self.n_experts} experts in {self.groups} groups, {self.top_groups} of them chosen: "
+                "expected equal groups, and 1 up to all chosen"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's.
 
@@ -46,6 +74,7 @@ class ModelConfig:
     parallel_norms: int = 0  # 0: attention before the MLP; 1: beside it, behind one norm; 2: behind a norm each
     qk_norm: bool = False  # a norm of each query and key head
     act: str = "silu"  # of the feed-forward block; see Kernels.act
+    moe: MoeConfig | None = None
     # Attention
     windows: tuple[int, ...] = ()  # of each layer: keys a token sees, itself included, 0: all; (): 0 everywhere
     local_rope: RopeConfig | None = None  # of the layers that have a window; None: like the others
@@ -64,6 +93,10 @@ class ModelConfig:
             raise ValueError(f"config: {self.n_heads} heads are not a multiple of {self.n_kv_heads} KV heads")
         if self.rope and (self.rope.dim % 2 or self.rope.dim > self.head_dim):
             raise ValueError(f"config: rotary dimension {self.rope.dim} is odd or above head_dim {self.head_dim}")
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer's feed-forward block is a mixture of experts."""
+        return self.moe is not None and self.moe.layers[layer]
 
     def window(self, layer: int) -> int:
         """Keys that a token sees in this layer, itself included; 0: all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from distinf.comm import Group
 from distinf.kernels import Kernels
 from distinf.kernels.batch import Batch, LayerCache
+from distinf.kernels.routing import Router
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class LinearWeight:
 
     weight: Any  # PackedWeight of the kernels in use
     bias: torch.Tensor | None = None
+    use: float = 1.0  # part of the tokens that pass through it
 
 
 @dataclass(frozen=True)
@@ -160,5 +163,36 @@ class MLP:
         """x [T, hidden] act_dtype -> what `down` gives. `plus`: see RowParallelLinear."""
         return self.down(self._activated(x), plus)
 
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, hidden]: this rank's part of it alone; see RowParallelLinear."""
+        return self.down.partial(self._activated(x))
+
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
         return (self.kernels.act_mul if self.gated else self.kernels.act)(self.up(x), self.act)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of experts (Shazeer et al., arXiv 1701.06538), each split over the ranks like a plain MLP."""
+
+    gate: ColumnParallelLinear  # whole on every rank: all choose alike
+    choice_bias: torch.Tensor | None  # fp32 [experts]; see Kernels.route
+    router: Router
+    gate_up: Sequence[LinearWeight]
+    down: Sequence[LinearWeight]
+    act: str
+    shared: MLP | None  # an expert that all tokens use
+    shared_gate: ColumnParallelLinear | None
+    kernels: Kernels
+    group: Group
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        """x [T, hidden] act_dtype -> fp32 [T, hidden], as RowParallelLinear gives it."""
+        kernels = self.kernels
+        routes = kernels.route(self.gate(x, torch.float32), self.choice_bias, self.router)
+        rows = kernels.expert_rows(x, routes)
+        hidden = kernels.act_mul(kernels.expert_linear(rows, [w.weight for w in self.gate_up], routes), self.act)
+        y = kernels.expert_linear(hidden, [w.weight for w in self.down], routes, torch.float32)
+        shared = self.shared.partial(x) if self.shared else None
+        weight = self.shared_gate(x, torch.float32) if self.shared_gate else None
+        return kernels.all_reduce_(kernels.expert_sum(y, routes, shared, weight), self.group)

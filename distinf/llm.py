@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ def load_model(
     _check_same(group, config, run)
     placement = place(group, run.threads)
     kernels = agreed(group, lambda: kernel_library.load(run.kernels, run.isa, run.dtype, placement))
-    plan = agreed(
-        group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
-    )
+    plan = agreed(group, lambda: shard_plan(config, run.shares))
     shard, params, show = plan.shards[group.rank], known.params(config), progress and group.rank == 0
     formats = agreed(group, lambda: Formats.of(run))
     cuts = Cuts(config, shard)
@@ -85,6 +84,12 @@ def load_model(
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
     return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
+
+
+def shard_plan(config: ModelConfig, shares: tuple[Fraction, ...]) -> ShardPlan:
+    """Every rank's part of a model. Raises ValueError when there are more ranks than it has parts."""
+    experts = (config.moe.ffn, config.moe.shared_ffn) if config.moe else (0, 0)
+    return ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, shares, *experts)
 
 
 def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:

@@ -79,6 +79,8 @@ class Shard:
     kv_heads: range
     ffn: range
     vocab: range
+    expert_ffn: range = range(0)  # of each expert
+    shared_ffn: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,22 @@ class ShardPlan:
     shards: tuple[Shard, ...]
 
     @staticmethod
-    def build(n_heads: int, n_kv_heads: int, ffn: int, vocab: int, shares: Sequence[Fraction | int]) -> ShardPlan:
-        """Plan for `len(shares)` ranks.
+    def build(
+        n_heads: int,
+        n_kv_heads: int,
+        ffn: int,
+        vocab: int,
+        shares: Sequence[Fraction | int],
+        expert_ffn: int = 0,
+        shared_ffn: int = 0,
+    ) -> ShardPlan:
+        """Plan for `len(shares)` ranks. Each expert is split like the other weights: all ranks work on every one.
 
         Raises ValueError when a rank with a share above zero would get neither heads nor FFN columns.
         """
         heads = split_heads(n_heads, n_kv_heads, shares)
-        ffns = split(ffn, shares, TILE)
-        vocabs = split(vocab, shares, TILE)
-        shards = tuple(Shard(h.q, h.kv, f, v) for h, f, v in zip(heads, ffns, vocabs, strict=True))
+        widths = (split(n, shares, TILE) for n in (ffn, vocab, expert_ffn, shared_ffn))
+        shards = tuple(Shard(h.q, h.kv, *rest) for h, *rest in zip(heads, *widths, strict=True))
         for rank, (shard, share) in enumerate(zip(shards, shares, strict=True)):
             if share and not shard.q_heads and not shard.ffn:
                 raise ValueError(

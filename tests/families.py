@@ -21,6 +21,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 LLAMA: dict[str, Any] = {**COMMON, "intermediate_size": 176, "num_key_value_heads": 1, "head_dim": 20}
+QWEN_MOE: dict[str, Any] = {**LLAMA, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 NEOX: dict[str, Any] = {**COMMON, "intermediate_size": 176}
 OPT: dict[str, Any] = {**COMMON, "ffn_dim": 176, "word_embed_proj_dim": 96, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"n_embd": 96, "n_head": 3, "n_layer": 3, "n_positions": 512, "vocab_size": VOCAB,
@@ -100,6 +101,13 @@ RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
         "parallel": make("GPTNeoX", NEOX),
         "sequential": make("GPTNeoX", NEOX, use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
     },
+    "mixtral": {"plain": make("Mixtral", num_local_experts=5, num_experts_per_tok=2, sliding_window=None)},
+    "qwen2_moe": {
+        "all sparse": make("Qwen2Moe", QWEN_MOE, shared_expert_intermediate_size=80),
+        "some dense": make("Qwen2Moe", QWEN_MOE, shared_expert_intermediate_size=80, mlp_only_layers=[1],
+                           norm_topk_prob=True),
+    },
+    "qwen3_moe": {"plain": make("Qwen3Moe", QWEN_MOE, norm_topk_prob=True, decoder_sparse_step=2)},
     "falcon": {
         "multi-query": make("Falcon", COMMON, ffn_hidden_size=176),
         "new": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True, bias=True),

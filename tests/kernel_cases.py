@@ -14,6 +14,7 @@ import torch
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import FORMATS, Format, quantise, quantise_activations
 from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.routing import Router
 
 BF16_ULP = 2.0**-8  # spacing of bf16 numbers relative to the lower end of a binade: rounding errs by half of it
 FP32_UNIT = 2.0**-24  # unit roundoff of fp32
@@ -157,6 +158,54 @@ def check_softcap(kernels: Any, rows: int, n: int) -> None:
     expected = (30 * (x.double() / 30).tanh()).float()
     kernels.softcap_(x, 30.0)
     torch.testing.assert_close(x, expected, rtol=0, atol=4 * 2 * FP32_UNIT * 30)
+
+
+ROUTERS = [
+    (8, Router(top_k=2, normalise=True)),
+    (60, Router(top_k=4)),
+    (5, Router(top_k=5, scale=2.5)),
+    (24, Router(top_k=6, groups=4, top_groups=2, scale=16.0)),
+    (32, Router(top_k=4, sigmoid=True, normalise=True, scale=2.5, groups=8, top_groups=3, group_best=2)),
+]
+
+
+def check_route(kernels: Any, experts: int, router: Router, rows: int, biased: bool) -> None:
+    """The same choice; weights within a few units of their own size, which exp and a sum of `experts` numbers cost."""
+    torch.manual_seed(experts + rows)
+    logits = torch.randn(rows, experts) * 2
+    bias = torch.randn(experts) / 4 if biased else None
+    expected, routes = (k.route(logits, bias, router) for k in (_reference(torch.float32), kernels))
+    assert torch.equal(routes.ids, expected.ids)
+    torch.testing.assert_close(routes.weights, expected.weights, rtol=(experts + 8) * FP32_UNIT, atol=0)
+    assert torch.equal(routes.place, expected.place) and torch.equal(routes.starts, expected.starts)
+
+
+def check_experts(kernels: Any, form: Format, rows: int, n: int, k: int) -> None:
+    """A token's result is the weighted sum of single linears, whichever experts it and its neighbours chose.
+
+    Each product's row is what `linear` gives for it alone, so only the sum of top_k numbers errs; AMX and the other
+    kernels may add a row's products in another order when it stands among others: (k + 2) units of the magnitudes.
+    """
+    torch.manual_seed(rows)
+    router, x = Router(top_k=3, normalise=True), torch.randn(rows, k).bfloat16()
+    routes = kernels.route(
+        torch.randn(rows, 7) * 3 - torch.arange(7.0) * 2, None, router
+    )  # the last ones hardly chosen
+    weights = [kernels.pack(torch.randn(n, k).bfloat16() / k**0.5, form) for _ in range(7)]
+    plus, gate = torch.randn(rows, n), torch.randn(rows, 1)
+    y = kernels.expert_linear(kernels.expert_rows(x, routes), weights, routes, torch.float32)
+    singles = torch.stack([kernels.linear(x, w, None, torch.float32) for w in weights], 1)  # [rows, experts, n]
+    chosen = singles.gather(1, routes.ids.long()[..., None].expand(-1, -1, n)) * routes.weights[..., None]
+    tolerance = (k + 8) * FP32_UNIT * 4 * float(x.float().norm(dim=1).max())
+    for shared, gated in ((None, None), (plus, None), (plus, gate)):
+        expected = chosen.sum(1)
+        if shared is not None:
+            expected = expected + shared * (1 if gated is None else gated.sigmoid())
+        total = kernels.expert_sum(y, routes, shared, gated)
+        torch.testing.assert_close(total, expected, rtol=0, atol=tolerance)
+
+
+EXPERT_FORMS = [FORMATS["bf16"], FORMATS["int8"], FORMATS["int4"]]
 
 
 def check_add(kernels: Any, rows: int, n: int, dtype: torch.dtype) -> None:
@@ -327,6 +376,8 @@ def check_everything(kernels: Any) -> None:
     for form in QUANTISED:
         for m, n, k in QUANTISED_SHAPES:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
+    for form in EXPERT_FORMS:
+        check_experts(kernels, form, rows=40, n=48, k=96)
     for case in ATTENTION_CASES:
         for kv_dtype in KV_DTYPES:
             check_attention(kernels, **case, kv_dtype=kv_dtype)

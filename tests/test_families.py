@@ -54,6 +54,18 @@ def test_bf16(name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (native - exact).abs().max() < 5 * 2**-9 * (16 * captured.config.n_layers) ** 0.5 * exact.std()
 
 
+@pytest.mark.parametrize("name, case", [("llama", "dynamic"), ("phi3", "longrope")])
+def test_ropes_that_depend_on_the_length(name: str, case: str, tmp_path: Path) -> None:
+    """Beyond the trained 128 tokens the angles of a new token are those of the length that it makes."""
+    oracle, prompt = RECIPES[name][case](tmp_path), prompt_of(130)
+    ids = torch.tensor([prompt])
+    out = oracle.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    params = SamplingParams(max_new_tokens=10, ignore_eos=True)
+    assert LLM(str(tmp_path), dtype="fp32").generate([prompt], params)[0].token_ids == out[0, 130:].tolist()
+
+
 @pytest.mark.parametrize("name", families())
 def test_entries_that_nobody_knows_are_refused(name: str, tmp_path: Path) -> None:
     RECIPES[name][next(iter(RECIPES[name]))](tmp_path)

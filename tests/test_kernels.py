@@ -16,6 +16,7 @@ import torch
 from distinf.kernels import ACTS, Placement, ipex, load, native
 from distinf.kernels.formats import FORMATS, Format
 from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.routing import Router
 from tests import kernel_cases as cases
 
 LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
@@ -81,6 +82,38 @@ def test_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
 @pytest.mark.parametrize("kind", ACTS)
 def test_act(kernels: Any, kind: str, rows: int, n: int) -> None:
     cases.check_act(kernels, kind, rows, n)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("experts, router", cases.ROUTERS, ids=str)
+def test_route(kernels: Any, experts: int, router: Router, rows: int, biased: bool) -> None:
+    cases.check_route(kernels, experts, router, rows, biased)
+
+
+@pytest.mark.parametrize("rows, n, k", [(1, 48, 64), (3, 40, 96), (60, 33, 128)])
+@pytest.mark.parametrize("form", cases.EXPERT_FORMS, ids=lambda f: f.name)
+def test_experts(kernels: Any, form: Format, rows: int, n: int, k: int) -> None:
+    cases.check_experts(kernels, form, rows, n, k)
+
+
+def test_experts_without_columns_or_rows(kernels: Any) -> None:
+    """What a rank with a share of zero has."""
+    routes = kernels.route(torch.randn(3, 4), None, Router(top_k=2))
+    rows = kernels.expert_rows(torch.randn(3, 32).bfloat16(), routes)
+    into, out = (
+        [kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"]) for _ in range(4)] for shape in ((0, 32), (32, 0))
+    )
+    nothing = kernels.expert_linear(rows, into, routes)
+    assert nothing.shape == (6, 0)
+    assert torch.equal(kernels.expert_linear(nothing, out, routes, torch.float32), torch.zeros(6, 32))
+
+
+def test_more_experts_than_fit_are_refused(kernels: Any) -> None:
+    if kernels.name != "native":
+        pytest.skip("takes any")
+    with pytest.raises(ValueError, match="more than 512 experts"):
+        kernels.route(torch.randn(1, 513), None, Router(top_k=2))
 
 
 @pytest.mark.parametrize("rows, n", [(1, 1999), (3, 40)])

@@ -6,7 +6,7 @@ is `act_dtype`. Trailing `_` means in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from distinf.kernels import ipex, native
 from distinf.kernels.formats import Format
 from distinf.kernels.ranks import Ranks
 from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.routing import Router, Routes
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -144,6 +145,31 @@ class Kernels(Protocol):
 
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """x [T, 2 n] -> act(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU and its kin)."""
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
+        """logits fp32 [T, experts] -> each token's experts and their weights, and the order of the grouped rows.
+
+        `bias` fp32 [experts] is added to the scores for the choice, not for the weights.
+        """
+
+    def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """x [T, n] act_dtype -> grouped rows [T * top_k, n]: each token once for each of its experts."""
+
+    def expert_linear(
+        self, x: torch.Tensor, weights: Sequence[Any], routes: Routes, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Grouped rows x [R, k], each times its expert's weight [n, k]: [R, n] in out_dtype, as in linear.
+
+        An expert that nobody has chosen is not read.
+        """
+
+    def expert_sum(
+        self, y: torch.Tensor, routes: Routes, plus: torch.Tensor | None = None, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Grouped rows y fp32 [T * top_k, n] -> fp32 [T, n]: the weighted sum of each token's.
+
+        `plus` fp32 [T, n], of an expert that all tokens share, is added; times sigmoid(gate), fp32 [T, 1], if given.
+        """
 
     def softcap_(self, x: torch.Tensor, cap: float) -> None:
         """x fp32 [T, n] becomes cap tanh(x / cap)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format
 from distinf.kernels.ranks import Ranks
+from distinf.kernels.routing import Router, Routes
 
 try:
     from distinf.kernels import _native
@@ -290,6 +291,65 @@ class NativeKernels:
         assert x.dtype == BF16 and x.is_contiguous()
         out = self._new(len(x), n)
         self._rt.act(getattr(_native.Act, kind), x.data_ptr(), out.data_ptr(), len(x), n, gated)
+        return out
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
+        rows, experts = logits.shape
+        assert logits.dtype == FP32 and logits.is_contiguous() and experts % router.groups == 0
+        assert bias is None or (bias.dtype == FP32 and bias.shape == (experts,))
+        chosen = rows, router.top_k
+        ids, place, starts = (self._new(*s, dtype=torch.int32) for s in (chosen, chosen, (experts + 1,)))
+        routes = Routes(ids, self._new(*chosen, dtype=FP32), place, starts)
+        self._rt.route(
+            logits.data_ptr(), _address(bias), rows, experts, router.top_k, router.sigmoid, router.normalise,
+            router.scale, router.groups, router.top_groups, router.group_best,
+            *(x.data_ptr() for x in (routes.ids, routes.weights, routes.place, routes.starts)),
+        )  # fmt: skip
+        return routes
+
+    def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        assert x.dtype == BF16 and x.is_contiguous()
+        rows, top_k = routes.place.shape
+        out = self._new(rows * top_k, x.shape[1])
+        self._rt.expert_rows(x.data_ptr(), routes.place.data_ptr(), rows, top_k, 2 * x.shape[1], out.data_ptr())
+        return out
+
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[NativeWeight],
+        routes: Routes,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        n, dtype = weights[0].n, out_dtype or BF16
+        assert x.dtype == BF16 and x.is_contiguous() and x.shape[1] == weights[0].k
+        out = self._new(len(x), n, dtype=dtype)
+        packed = [w.packed for w in weights if w.packed]
+        if packed:
+            assert len(packed) == len(weights) == len(routes.starts) - 1
+            self._rt.expert_linear(
+                x.data_ptr(), packed, routes.starts.data_ptr(), out.data_ptr(), dtype == FP32, len(x)
+            )
+        elif n:  # an empty shard adds nothing
+            self.host_call(torch.Tensor.zero_, out)
+        return out
+
+    def expert_sum(
+        self,
+        y: torch.Tensor,
+        routes: Routes,
+        plus: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows, top_k = routes.place.shape
+        assert y.dtype == FP32 and y.is_contiguous() and len(y) == rows * top_k
+        assert plus is None or (plus.dtype == FP32 and plus.shape == (rows, y.shape[1]) and plus.is_contiguous())
+        assert gate is None or (gate.dtype == FP32 and gate.shape == (rows, 1))
+        out = self._new(rows, y.shape[1], dtype=FP32)
+        self._rt.expert_sum(
+            y.data_ptr(), routes.weights.data_ptr(), routes.place.data_ptr(), _address(plus), _address(gate),
+            rows, top_k, y.shape[1], out.data_ptr(),
+        )  # fmt: skip
         return out
 
     def softcap_(self, x: torch.Tensor, cap: float) -> None:

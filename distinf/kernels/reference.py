@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format, quantise, quantise_activations
 from distinf.kernels.ranks import Ranks
+from distinf.kernels.routing import Router, Routes
 
 _ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -153,6 +154,50 @@ class ReferenceKernels:
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (_ACTS[kind](gate) * up).to(self.act_dtype)
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
+        scores = logits.sigmoid() if router.sigmoid else logits.softmax(-1)
+        choice = scores if bias is None else scores + bias
+        if router.groups > 1:
+            groups = choice.unflatten(1, (router.groups, -1))
+            best = groups.topk(router.group_best, -1).values.sum(-1).topk(router.top_groups, -1).indices
+            kept = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+            choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(1)
+        ids = choice.topk(router.top_k, -1).indices
+        weights = scores.gather(1, ids)
+        if router.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        place = torch.empty_like(ids).view(-1)
+        place[ids.view(-1).argsort(stable=True)] = torch.arange(ids.numel())
+        starts = torch.searchsorted(ids.view(-1).sort().values, torch.arange(logits.shape[1] + 1))
+        return Routes(ids.int(), weights * router.scale, place.view_as(ids).int(), starts.int())
+
+    def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        rows = torch.empty(routes.place.numel(), x.shape[1], dtype=x.dtype)
+        rows[routes.place.view(-1)] = x.repeat_interleave(routes.place.shape[1], 0)
+        return rows
+
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[Any],
+        routes: Routes,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        spans = zip(weights, routes.starts[:-1], routes.starts[1:], strict=True)
+        return torch.cat([self.linear(x[a:b], weight, None, out_dtype) for weight, a, b in spans])
+
+    def expert_sum(
+        self,
+        y: torch.Tensor,
+        routes: Routes,
+        plus: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        total = (y[routes.place] * routes.weights[..., None]).sum(1)
+        if plus is None:
+            return total
+        return total + (plus if gate is None else gate.sigmoid() * plus)
 
     def softcap_(self, x: torch.Tensor, cap: float) -> None:
         x.copy_(cap * (x / cap).tanh())

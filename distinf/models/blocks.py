@@ -13,7 +13,7 @@ import torch
 
 from distinf.kernels import Kernels
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.layers import MLP, Attention, Norm
+from distinf.layers import MLP, Attention, Experts, Norm
 
 
 class Block(Protocol):
@@ -30,7 +30,7 @@ class PreNormBlock:
     input_norm: Norm
     attention: Attention
     post_norm: Norm
-    mlp: MLP
+    mlp: MLP | Experts
 
     def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> Any:
         """See Block."""

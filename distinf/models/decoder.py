@@ -11,13 +11,16 @@ from distinf.comm import Group
 from distinf.config import ModelConfig
 from distinf.kernels import Kernels
 from distinf.kernels.batch import Batch
+from distinf.kernels.routing import Router
 from distinf.kv_cache import KVCache
 from distinf.layers import (
     MLP,
     Attention,
     ColumnParallelLinear,
+    Experts,
     HeadNorm,
     LayerNorm,
+    LinearWeight,
     Norm,
     RMSNorm,
     RowParallelLinear,
@@ -113,11 +116,32 @@ class Parts:
             k_norm=head_norm("k_norm"),
         )
 
-    def mlp(self, layer: int, gated: bool = True) -> MLP:
-        """MLP of a layer, from `gate_up` (`up` without a gate) and `down`."""
-        name = f"layers.{layer}."
+    def mlp(self, layer: int, gated: bool = True, which: str = "") -> MLP:
+        """MLP of a layer, from `gate_up` (`up` without a gate) and `down`; `which` is a prefix of these names."""
+        name = f"layers.{layer}.{which}"
         up = self.column(name + ("gate_up" if gated else "up"))
         return MLP(up, self.row(name + "down"), self.config.act, gated, self.kernels)
+
+    def experts(self, layer: int) -> Experts:
+        """Mixture of experts of a layer."""
+        moe, name, linears = self.config.moe, f"layers.{layer}.", self.weights.linears
+        assert moe
+
+        def each(which: str) -> list[LinearWeight]:
+            return [linears[f"{name}experts.{e}.{which}"] for e in range(moe.n_experts)]
+
+        return Experts(
+            gate=self.column(name + "router"),
+            choice_bias=self.weights.tensors.get(name + "choice_bias"),
+            router=Router(moe.top_k, moe.sigmoid, moe.normalise, moe.scale, moe.groups, moe.top_groups, moe.group_best),
+            gate_up=each("gate_up"),
+            down=each("down"),
+            act=self.config.act,
+            shared=self.mlp(layer, which="shared.") if moe.shared_ffn else None,
+            shared_gate=self.column(name + "shared_gate") if moe.shared_gate else None,
+            kernels=self.kernels,
+            group=self.group,
+        )
 
     def decoder(self, blocks: Sequence[Block]) -> Decoder:
         """The model around its layers."""

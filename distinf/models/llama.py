@@ -180,8 +180,7 @@ def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels,
 
     def block(i: int) -> PreNormBlock:
         name = f"layers.{i}."
-        return PreNormBlock(
-            part.norm(name + "input_norm"), part.attention(i), part.norm(name + "post_norm"), part.mlp(i)
-        )
+        mlp = part.experts(i) if config.has_experts(i) else part.mlp(i)
+        return PreNormBlock(part.norm(name + "input_norm"), part.attention(i), part.norm(name + "post_norm"), mlp)
 
     return part.decoder([block(i) for i in range(config.n_layers)])

@@ -10,7 +10,7 @@ import torch
 from distinf.layers import LinearWeight
 
 # A range of Shard.
-Cut = Literal["q_heads", "kv_heads", "ffn", "vocab"]
+Cut = Literal["q_heads", "kv_heads", "ffn", "vocab", "expert_ffn", "shared_ffn"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Param:
     columns: Cut | None = None
     bias: bool = False
     shift: float = 0.0  # added to a vector
+    exact: bool = False  # a linear that is not quantised
+    use: float = 1.0  # part of the tokens that pass through a linear
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every checkpoint tensor behind this weight, biases included."""
@@ -100,10 +102,10 @@ class Weights:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one decode step reads: every linear once."""
-        return sum(int(w.weight.nbytes) for w in self.linears.values())
+        """Bytes of weights that a decode step of one sequence reads: every linear once, of the experts those chosen."""
+        return round(sum(int(w.weight.nbytes) * w.use for w in self.linears.values()))
 
     def gemm_flops(self, rows: int, last_rows: int) -> int:
         """Floating-point operations of a forward pass of `rows` tokens whose head sees `last_rows` of them."""
-        per_row = {name: 2 * int(w.weight.n) * int(w.weight.k) for name, w in self.linears.items()}
-        return rows * (sum(per_row.values()) - per_row["head"]) + last_rows * per_row["head"]
+        per_row = {name: 2 * int(w.weight.n) * int(w.weight.k) * w.use for name, w in self.linears.items()}
+        return round(rows * (sum(per_row.values()) - per_row["head"]) + last_rows * per_row["head"])

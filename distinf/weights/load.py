@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from distinf.config import ModelConfig, RunConfig
 from distinf.kernels import Kernels
-from distinf.kernels.formats import Format, parse_format
+from distinf.kernels.formats import FORMATS, Format, parse_format
 from distinf.layers import LinearWeight
 from distinf.models.params import Cut, Param, Source, Weights
 from distinf.shard import Shard
@@ -83,6 +83,8 @@ class Formats:
 
     def for_param(self, param: Param) -> Format:
         """The format of a linear."""
+        if param.exact and self.body.bits < 16:
+            return FORMATS["bf16"]
         return self.head if param.name == "head" else self.body
 
 
@@ -116,6 +118,8 @@ class Cuts:
             return range(size)
         config = self.config
         whole = {"q_heads": config.n_heads, "kv_heads": config.n_kv_heads, "ffn": config.ffn, "vocab": config.vocab}
+        if config.moe:
+            whole |= {"expert_ffn": config.moe.ffn, "shared_ffn": config.moe.shared_ffn}
         unit, mine = size // whole[cut], getattr(self.shard, cut)
         return range(mine.start * unit, mine.stop * unit)
 
@@ -128,4 +132,4 @@ def _linear(
     weight = kernels.pack(stack(parts), form)
     has_bias = param.bias and (param.columns is None or rank == 0)
     biases = [read_bias(checkpoint, s, cuts.rows(s)) for s in param.sources] if has_bias else []
-    return LinearWeight(weight, stack(biases).contiguous() if has_bias else None)
+    return LinearWeight(weight, stack(biases).contiguous() if has_bias else None, param.use)

@@ -8,6 +8,7 @@
 #include "all_reduce.h"
 #include "all_reduce_bindings.h"
 #include "gemm_amx.h"
+#include "moe_bindings.h"
 #include "pack.h"
 #include "roofline.h"
 #include "runtime.h"
@@ -209,7 +210,9 @@ PYBIND11_MODULE(_native, m) {
   bind_all_reduce(m);
   py::class_<StepProgram>(m, "StepProgram").def(py::init<>()).def("__len__", &StepProgram::size);
 
-  py::class_<Runtime>(m, "Runtime")
+  py::class_<Runtime> runtime(m, "Runtime");
+  bind_moe(runtime);
+  runtime
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
       .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
       .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })

@@ -104,6 +104,16 @@ struct AttentionArgs {
   AttentionScratch* scratch;  // one for each thread
 };
 
+struct ExpertSumArgs {
+  const float* y;        // [rows * top_k, n], grouped by expert
+  const float* weights;  // [rows, top_k]
+  const int32_t* place;  // [rows, top_k] row of y
+  const float* plus;     // [rows, n] or nullptr
+  const float* gate;     // [rows] or nullptr: `plus` as it is
+  int64_t rows, top_k, n;
+  float* out;  // [rows, n]
+};
+
 enum class Act { kSilu, kGelu, kGeluTanh, kRelu };
 
 struct KernelTable {
@@ -129,6 +139,7 @@ struct KernelTable {
   void (*act)(const Worker&, Act, const bf16* x, bf16* out, int64_t rows, int64_t n, bool gated);
   // x[n] = cap tanh(x / cap)
   void (*softcap)(const Worker&, float* x, int64_t n, float cap);
+  void (*expert_sum)(const Worker&, const ExpertSumArgs&);
   // out[rows, n] fp32 = scale * table[ids]
   void (*embedding)(const Worker&, const int32_t* ids, const bf16* table, float scale, float* out, int64_t rows,
                     int64_t n);
