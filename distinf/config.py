@@ -46,6 +46,18 @@ class MoeConfig:
 
 
 @dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    q_rank: int  # of the queries' compression; 0: none
+    kv_rank: int  # elements of the latent vector of keys and values
+    nope_dim: int  # of a query or key head: not rotated
+    rope_dim: int  # of a query head, and of the one key for all heads: rotated
+    v_dim: int  # of a value head
+    pairs: bool = True  # neighbours rotate together; else i and i + rope_dim / 2
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's.
 
@@ -76,6 +88,7 @@ class ModelConfig:
     act: str = "silu"  # of the feed-forward block; see Kernels.act
     moe: MoeConfig | None = None
     # Attention
+    mla: MlaConfig | None = None  # then n_kv_heads is 1 and head_dim that of the latent vector and the rotated key
     windows: tuple[int, ...] = ()  # of each layer: keys a token sees, itself included, 0: all; (): 0 everywhere
     local_rope: RopeConfig | None = None  # of the layers that have a window; None: like the others
     score_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)

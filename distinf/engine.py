@@ -183,7 +183,8 @@ class Engine:
     def new_cache(self, max_lengths: list[int]) -> KVCache:
         """Room for one sequence of each length, this rank's heads."""
         config, shard = self._model.config, self._model.shard
-        return KVCache(config.n_layers, len(shard.kv_heads), config.head_dim, max_lengths, self._kv_dtype)
+        sizes = config.n_layers, len(shard.kv_heads), config.head_dim
+        return KVCache(*sizes, max_lengths, self._kv_dtype, latent=config.mla is not None)
 
     def _finished(self, sequence: Sequence, params: SamplingParams) -> str | None:
         if sequence.generated[-1] in self._model.config.eos_ids and not params.ignore_eos:

@@ -150,6 +150,55 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) over this rank's heads.
+
+    What is cached of a token is one vector for all heads: the latent c and one rotated key. A head's key from c is
+    W_k c, so a query meets c itself once it is W_k^T q; the mean of the values W_v c is W_v times that of c. Every
+    rank computes and caches c, and the heads are divided.
+    """
+
+    q_down: ColumnParallelLinear | None  # to the queries' own latent vector
+    q_norm: HeadNorm | None
+    q: ColumnParallelLinear  # all heads' parts that do not rotate, behind them those that do
+    kv_down: ColumnParallelLinear
+    kv_norm: HeadNorm
+    k_up: LinearWeight  # W_k^T of each head
+    v_up: LinearWeight  # W_v of each head
+    o: RowParallelLinear
+    heads: range
+    nope_dim: int
+    kv_rank: int
+    n_heads: int  # of the whole model
+    scale: float
+    kernels: Kernels
+
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> Any:
+        """x [T, hidden] act_dtype -> what `o` gives; appends c and the rotated key to the cache."""
+        n, kernels = len(self.heads), self.kernels
+        if not n:
+            return self.o(x[:, :0])
+        q = self.q(self._queries_latent(x))
+        nope, rope = (part.unflatten(1, (n, -1)) for part in q.tensor_split([n * self.nope_dim], 1))
+        latent = self.kv_down(x)[:, None]  # [T, 1, kv_rank + rope_dim]
+        self.kv_norm(latent[..., : self.kv_rank])
+        kernels.rope_(latent[..., self.kv_rank :], batch.cos[0], batch.sin[0])
+        kernels.rope_(rope, batch.cos[0], batch.sin[0])
+        kernels.kv_append_(latent, latent, cache, batch)
+        q = kernels.head_linear(nope, self.k_up.weight, rope)  # [T, heads, kv_rank + rope_dim]
+        mean = kernels.attention(q, cache, batch, self.n_heads, self.heads.start, 0, self.scale)
+        values = kernels.head_linear(mean[..., : self.kv_rank], self.v_up.weight)
+        return self.o(values.flatten(1))
+
+    def _queries_latent(self, x: torch.Tensor) -> torch.Tensor:
+        if self.q_down is None or self.q_norm is None:
+            return x
+        latent = self.q_down(x)
+        self.q_norm(latent[:, None])
+        return latent
+
+
+@dataclass(frozen=True)
 class MLP:
     """Feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
 

@@ -74,10 +74,10 @@ def load_model(
     formats = agreed(group, lambda: Formats.of(run))
     cuts = Cuts(config, shard)
     agreed(group, lambda: check_groups(params, cuts, formats))
+    sizes = config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)
     need = MemoryNeed(
         weights=weight_bytes(params, cuts, formats, kernels.act_dtype),
-        kv_cache=kv_tokens
-        * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)),
+        kv_cache=kv_tokens * KVCache.bytes_per_token(*sizes, latent=config.mla is not None),
         kv_tokens=kv_tokens,
     )
     needs, mates = group.all_gather_object(need), group.node_mates()

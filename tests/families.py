@@ -22,6 +22,11 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 LLAMA: dict[str, Any] = {**COMMON, "intermediate_size": 176, "num_key_value_heads": 1, "head_dim": 20}
 QWEN_MOE: dict[str, Any] = {**LLAMA, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+DEEPSEEK: dict[str, Any] = {
+    **COMMON, "intermediate_size": 176, "num_key_value_heads": 3, "q_lora_rank": 48, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 32, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1,
+}  # fmt: skip
 NEOX: dict[str, Any] = {**COMMON, "intermediate_size": 176}
 OPT: dict[str, Any] = {**COMMON, "ffn_dim": 176, "word_embed_proj_dim": 96, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"n_embd": 96, "n_head": 3, "n_layer": 3, "n_positions": 512, "vocab_size": VOCAB,
@@ -40,6 +45,9 @@ def randomised(model: nn.Module, seed: int = 0) -> Any:
         for parameter in model.parameters():
             neutral = float(parameter.flatten()[0]) if parameter.dim() == 1 else 0.0  # 1, in Gemma 0; a bias: 0
             parameter.normal_(neutral, 0.2 if parameter.dim() == 1 else 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     return model.eval()
 
 
@@ -108,6 +116,16 @@ RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
                            norm_topk_prob=True),
     },
     "qwen3_moe": {"plain": make("Qwen3Moe", QWEN_MOE, norm_topk_prob=True, decoder_sparse_step=2)},
+    "deepseek_v2": {
+        "lite": make("DeepseekV2", DEEPSEEK, q_lora_rank=None),
+        "groups": make("DeepseekV2", DEEPSEEK, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+                       routed_scaling_factor=4.0, rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}),
+    },
+    "deepseek_v3": {
+        "groups": make("DeepseekV3", DEEPSEEK, n_group=4, topk_group=2, norm_topk_prob=True,
+                       rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+        "halves": make("DeepseekV3", DEEPSEEK, n_group=1, topk_group=1, rope_interleave=False),
+    },
     "falcon": {
         "multi-query": make("Falcon", COMMON, ffn_hidden_size=176),
         "new": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True, bias=True),

@@ -160,6 +160,20 @@ def check_softcap(kernels: Any, rows: int, n: int) -> None:
     torch.testing.assert_close(x, expected, rtol=0, atol=4 * 2 * FP32_UNIT * 30)
 
 
+def check_head_linear(kernels: Any, form: Format, rows: int, heads: int, n: int, k: int, tail: int) -> None:
+    """A head's result is that of a linear of its own, whose rows may be added up in another order; see check_experts."""
+    torch.manual_seed(rows)
+    wide, weight = torch.randn(rows, heads, k + 8).bfloat16(), torch.randn(heads, n, k).bfloat16()
+    x, behind = wide[..., :k], torch.randn(rows, heads * tail).bfloat16().view(rows, heads, tail)
+    y = kernels.head_linear(x, kernels.pack(weight.flatten(0, 1), form), behind if tail else None)
+    assert y.shape == (rows, heads, n + tail)
+    tolerance = (k + 8) * FP32_UNIT * 4 * float(x.float().norm(dim=-1).max() * weight.float().norm(dim=-1).max())
+    for head in range(heads):
+        single = kernels.linear(x[:, head], kernels.pack(weight[head], form), None, torch.float32)
+        torch.testing.assert_close(y[:, head, :n].float(), single, rtol=BF16_ULP, atol=tolerance)
+    assert torch.equal(y[..., n:], behind)
+
+
 ROUTERS = [
     (8, Router(top_k=2, normalise=True)),
     (60, Router(top_k=4)),
@@ -378,6 +392,7 @@ def check_everything(kernels: Any) -> None:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
     for form in EXPERT_FORMS:
         check_experts(kernels, form, rows=40, n=48, k=96)
+        check_head_linear(kernels, form, rows=40, heads=3, n=64, k=96, tail=8)
     for case in ATTENTION_CASES:
         for kv_dtype in KV_DTYPES:
             check_attention(kernels, **case, kv_dtype=kv_dtype)

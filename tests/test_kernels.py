@@ -84,6 +84,14 @@ def test_act(kernels: Any, kind: str, rows: int, n: int) -> None:
     cases.check_act(kernels, kind, rows, n)
 
 
+@pytest.mark.parametrize("rows, heads, n, k, tail", [(1, 3, 64, 48, 16), (5, 2, 32, 64, 0), (40, 4, 96, 128, 6)])
+@pytest.mark.parametrize("form", cases.EXPERT_FORMS, ids=lambda f: f.name)
+def test_head_linear(kernels: Any, form: Format, rows: int, heads: int, n: int, k: int, tail: int) -> None:
+    if form.group and k % form.group:
+        pytest.skip("not whole groups: refused before loading")
+    cases.check_head_linear(kernels, form, rows, heads, n, k, tail)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows", [1, 50])
 @pytest.mark.parametrize("experts, router", cases.ROUTERS, ids=str)
@@ -153,8 +161,8 @@ def test_a_longer_head_is_refused(kernels: Any) -> None:
     if kernels.name != "native":
         pytest.skip("takes any")
     batch = cases.step_of([(0, 0)], torch.zeros(1, 1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="head_dim above 512"):
-        kernels.attention(torch.zeros(1, 1, 514).bfloat16(), cases.new_cache(1, 1, 514, torch.bfloat16), batch, 1, 0)
+    with pytest.raises(ValueError, match="head_dim above 576"):
+        kernels.attention(torch.zeros(1, 1, 578).bfloat16(), cases.new_cache(1, 1, 578, torch.bfloat16), batch, 1, 0)
 
 
 def test_zero_size_shards(kernels: Any) -> None:

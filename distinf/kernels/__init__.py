@@ -146,6 +146,13 @@ class Kernels(Protocol):
     def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """x [T, 2 n] -> act(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU and its kin)."""
 
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, heads, k] act_dtype, each head times its part [n, k] of weight [heads * n, k] -> [T, heads, n].
+
+        n is a multiple of 32; x may be strided in rows and heads. `tail` [T, heads, m] is put behind the result, which
+        then is [T, heads, n + m].
+        """
+
     def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
         """logits fp32 [T, experts] -> each token's experts and their weights, and the order of the grouped rows.
 

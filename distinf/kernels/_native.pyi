@@ -127,6 +127,19 @@ class Runtime:
     def head_norm(self, x: int, stride: int, weight: int, rows: int, heads: int, head_dim: int, eps: float) -> None: ...
     def add_rows(self, x: int, y: int, fp32: bool, n: int) -> None: ...
     def act(self, kind: Act, x: int, out: int, rows: int, n: int, gated: bool) -> None: ...
+    def head_linear(
+        self,
+        x: int,
+        x_stride: int,
+        head_stride: int,
+        weight: Weight,
+        heads: int,
+        tail: int,
+        tail_stride: int,
+        tail_n: int,
+        out: int,
+        m: int,
+    ) -> None: ...
     def route(
         self,
         logits: int,

@@ -126,6 +126,13 @@ class IpexKernels(ReferenceKernels):
             y = self._ops.ipex_woq_linear(x.contiguous(), weight.context.get_data_handle())
         return (y if bias is None else y + bias).to(out_dtype or self.act_dtype)
 
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        # Its weights cannot be cut: each head is multiplied by all of them.
+        n = weight.n // x.shape[1]
+        heads = [self.linear(x[:, i], weight)[:, i * n : (i + 1) * n] for i in range(x.shape[1])]
+        y = torch.stack(heads, 1)
+        return y if tail is None else torch.cat((y, tail), 2)
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -293,6 +293,18 @@ class NativeKernels:
         self._rt.act(getattr(_native.Act, kind), x.data_ptr(), out.data_ptr(), len(x), n, gated)
         return out
 
+    def head_linear(self, x: torch.Tensor, weight: NativeWeight, tail: torch.Tensor | None = None) -> torch.Tensor:
+        rows, heads, k = x.shape
+        assert x.dtype == BF16 and x.stride(2) == 1 and weight.packed and weight.k == k and weight.n % heads == 0
+        assert tail is None or (tail.dtype == BF16 and tail.shape[:2] == x.shape[:2] and _heads_adjacent(tail))
+        n, tail_n = weight.n // heads, 0 if tail is None else tail.shape[2]
+        out = self._new(rows, heads, n + tail_n)
+        self._rt.head_linear(
+            x.data_ptr(), x.stride(0), x.stride(1), weight.packed, heads,
+            _address(tail), 0 if tail is None else tail.stride(0), tail_n, out.data_ptr(), rows,
+        )  # fmt: skip
+        return out
+
     def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
         rows, experts = logits.shape
         assert logits.dtype == FP32 and logits.is_contiguous() and experts % router.groups == 0

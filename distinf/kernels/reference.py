@@ -155,6 +155,12 @@ class ReferenceKernels:
         gate, up = x.float().chunk(2, dim=-1)
         return (_ACTS[kind](gate) * up).to(self.act_dtype)
 
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        parts = weight.data.unflatten(0, (x.shape[1], -1))
+        heads = [self.linear(x[:, i], ReferenceWeight(part, weight.form)) for i, part in enumerate(parts)]
+        y = torch.stack(heads, 1)
+        return y if tail is None else torch.cat((y, tail), 2)
+
     def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
         scores = logits.sigmoid() if router.sigmoid else logits.softmax(-1)
         choice = scores if bias is None else scores + bias
@@ -185,7 +191,7 @@ class ReferenceKernels:
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         spans = zip(weights, routes.starts[:-1], routes.starts[1:], strict=True)
-        return torch.cat([self.linear(x[a:b], weight, None, out_dtype) for weight, a, b in spans])
+        return torch.cat([self.linear(x[a:b], weight, None, out_dtype) for weight, a, b in spans if a < b])
 
     def expert_sum(
         self,

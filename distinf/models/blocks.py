@@ -13,7 +13,7 @@ import torch
 
 from distinf.kernels import Kernels
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.layers import MLP, Attention, Experts, Norm
+from distinf.layers import MLP, Attention, Experts, LatentAttention, Norm
 
 
 class Block(Protocol):
@@ -28,7 +28,7 @@ class PreNormBlock:
     """x += attention(norm(x)); x += mlp(norm(x)). GPT-2, Llama and most others."""
 
     input_norm: Norm
-    attention: Attention
+    attention: Attention | LatentAttention
     post_norm: Norm
     mlp: MLP | Experts
 

@@ -19,6 +19,7 @@ from distinf.layers import (
     ColumnParallelLinear,
     Experts,
     HeadNorm,
+    LatentAttention,
     LayerNorm,
     LinearWeight,
     Norm,
@@ -29,6 +30,9 @@ from distinf.models.blocks import Block
 from distinf.models.params import Weights
 from distinf.models.rope import Rotary
 from distinf.shard import Shard
+
+# Latent vectors are normed with this whatever config.json says of the other norms.
+MLA_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,31 @@ class Parts:
             softcap=config.score_softcap,
             q_norm=head_norm("q_norm"),
             k_norm=head_norm("k_norm"),
+        )
+
+    def latent_attention(self, layer: int) -> LatentAttention:
+        """Multi-head latent attention of a layer."""
+        config, mla, name = self.config, self.config.mla, f"layers.{layer}."
+        assert mla and config.score_scale
+
+        def norm(which: str) -> HeadNorm:
+            return HeadNorm(self.weights.tensors[name + which], MLA_NORM_EPS, self.kernels)
+
+        return LatentAttention(
+            q_down=self.column(name + "q_down") if mla.q_rank else None,
+            q_norm=norm("q_norm") if mla.q_rank else None,
+            q=self.column(name + "q"),
+            kv_down=self.column(name + "kv_down"),
+            kv_norm=norm("kv_norm"),
+            k_up=self.weights.linears[name + "k_up"],
+            v_up=self.weights.linears[name + "v_up"],
+            o=self.row(name + "o"),
+            heads=self.shard.q_heads,
+            nope_dim=mla.nope_dim,
+            kv_rank=mla.kv_rank,
+            n_heads=config.n_heads,
+            scale=config.score_scale,
+            kernels=self.kernels,
         )
 
     def mlp(self, layer: int, gated: bool = True, which: str = "") -> MLP:

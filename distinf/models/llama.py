@@ -141,10 +141,11 @@ def attention_params(source: str, name: str, config: ModelConfig, pairs: int = 0
 
     `pairs`: see Source.
     """
+    head_dim = config.head_dim if pairs else 0
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     qkv = (
-        Source(source + "q_proj.weight", (q, config.hidden), "q_heads", pairs=pairs, head_dim=config.head_dim),
-        Source(source + "k_proj.weight", (kv, config.hidden), "kv_heads", pairs=pairs, head_dim=config.head_dim),
+        Source(source + "q_proj.weight", (q, config.hidden), "q_heads", pairs=pairs, head_dim=head_dim),
+        Source(source + "k_proj.weight", (kv, config.hidden), "kv_heads", pairs=pairs, head_dim=head_dim),
         Source(source + "v_proj.weight", (kv, config.hidden), "kv_heads"),
     )
     norms = ("q_norm", "k_norm") if config.qk_norm else ()
@@ -180,7 +181,8 @@ def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels,
 
     def block(i: int) -> PreNormBlock:
         name = f"layers.{i}."
+        attention = part.latent_attention(i) if config.mla else part.attention(i)
         mlp = part.experts(i) if config.has_experts(i) else part.mlp(i)
-        return PreNormBlock(part.norm(name + "input_norm"), part.attention(i), part.norm(name + "post_norm"), mlp)
+        return PreNormBlock(part.norm(name + "input_norm"), attention, part.norm(name + "post_norm"), mlp)
 
     return part.decoder([block(i) for i in range(config.n_layers)])

@@ -27,6 +27,7 @@ class Source:
     blocks: int = 1
     part: range | None = None  # None: the whole block
     transposed: bool = False  # kept as [in, out]
+    across: bool = False  # the part of each block is used transposed: [blocks * in, len(part)]
     pairs: int = 0  # first elements of each head that rotate as (0, 1), (2, 3), ...: split into halves on loading
     head_dim: int = 0  # rows of a head, where `pairs` is given
     unit_rows: bool = False  # rows are divided by their length
@@ -35,7 +36,9 @@ class Source:
     def features(self) -> tuple[int, int]:
         """Output and input features of the part."""
         out, into = self.shape[::-1] if self.transposed else self.shape
-        return (self.blocks * len(self.part) if self.part else out), into
+        if self.part is None:
+            return out, into
+        return (self.blocks * into, len(self.part)) if self.across else (self.blocks * len(self.part), into)
 
     def tensor_rows(self, rows: range) -> list[range]:
         """Where rows of the part lie in the tensor, in order."""

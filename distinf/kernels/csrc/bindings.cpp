@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "activations.h"
@@ -52,6 +53,32 @@ void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, ui
   args.out_stride = out_stride;
   args.out_fp32 = out_fp32;
   rt.execute([=, &rt](const Worker& w) { run_linear(w, rt, args); });
+}
+
+// One weight for each head: out[rows, heads, n + tail_n] = x[rows, head, k] . weight[head][n, k]^T, and tail[rows,
+// heads, tail_n] behind it. The heads' rows of the weight are stacked, each a whole number of panels.
+void head_linear(Runtime& rt, uintptr_t x, int64_t x_stride, int64_t head_stride, const Weight& weight, int64_t heads,
+                 uintptr_t tail, int64_t tail_stride, int64_t tail_n, uintptr_t out, int64_t m) {
+  const int64_t n = weight.n / heads, width = n + tail_n;
+  if (n % kPanel) throw std::invalid_argument("head_linear: a head's rows are no whole panels");
+  LinearArgs args = linear_args(rt, x, x_stride, weight, 0, m);
+  args.out_stride = heads * width;
+  args.out_fp32 = false;
+  args.w.n = n;
+  rt.execute([=, &rt](const Worker& w) {
+    for (int64_t head = 0; head < heads; head++) {
+      if (head) w.barrier();  // the scratch memory is the last head's until all are done with it
+      LinearArgs one = args;
+      one.x = at<const bf16>(x) + head * head_stride;
+      one.w.data = args.w.data + head * (n / kPanel) * args.w.panel_bytes();
+      one.out = at<bf16>(out) + head * width;
+      run_linear(w, rt, one);
+    }
+    for (int64_t i = w.begin(m * heads); i < w.end(m * heads); i++) {
+      const bf16* from = at<const bf16>(tail) + i / heads * tail_stride + i % heads * tail_n;
+      std::copy_n(from, tail_n, at<bf16>(out) + i * width + n);
+    }
+  });
 }
 
 // Into the slot that is next when the operation runs.
@@ -129,7 +156,7 @@ void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const Cach
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
                int64_t group_offset, int64_t window, float scale, float softcap, const CacheArgs& cache,
                const BatchArgs& batch) {
-  if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 512");
+  if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 576");
   rt.reserve_scratch(rt.team.size() * sizeof(AttentionScratch));
   const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group,
                            group_offset,      window,   scale,         softcap, nullptr};
@@ -221,6 +248,7 @@ PYBIND11_MODULE(_native, m) {
       .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
       .def("pack", &pack_weight)
       .def("linear", &linear)
+      .def("head_linear", &head_linear)
       .def("partial_linear", &partial_linear)
       .def("partial_zeros", &partial_zeros)
       .def("rms_norm", &rms_norm)

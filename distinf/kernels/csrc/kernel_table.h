@@ -65,8 +65,8 @@ struct CacheArgs {
   int64_t kv_heads, head_dim;
 };
 
-// Longest head that the scratch below has room for.
-constexpr int64_t kMaxHeadDim = 512;
+// Longest head that the scratch below has room for: DeepSeek's latent vector of 512 and the 64 that rotate.
+constexpr int64_t kMaxHeadDim = 576;
 // Query vectors (rows x heads of a group) that share one pass over their keys and values. At head_dim 64 their
 // accumulators are 16 KiB and a block of keys and values as much again: together they stay in a 1 MiB L2, and
 // turning the keys costs each query 1/64 of a turn.
