@@ -95,7 +95,7 @@ def context_length(rope: RopeConfig) -> int:
 
 def windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int, ...]:
     """Each layer's sliding window: `layer_types` names the layers that have one, else `has_window` tells."""
-    window = fields.integer("sliding_window", default=0)
+    window = fields.integer("sliding_window", "sliding_window_size", default=0)
     n_layers = fields.integer("num_hidden_layers")
     kinds = ("full_attention", "sliding_attention")
     types = fields.get("layer_types", default=[kinds[has_window(i)] for i in range(n_layers)])[:n_layers]

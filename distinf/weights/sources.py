@@ -35,7 +35,7 @@ def _read_across(
     blocks = _whole(rows, width)
     kept = source.tensor_rows(range(blocks.start // width * size, blocks.stop // width * size))
     x = stack([read(piece, range(width)) for piece in kept])
-    turned: torch.Tensor = x.unflatten(0, (-1, size)).transpose(1, 2).flatten(0, 1)
+    turned: torch.Tensor = x.unflatten(0, (-1, size)).transpose(1, 2).flatten(0, 1).contiguous()
     return turned[rows.start - blocks.start :][: len(rows), columns.start : columns.stop]
 
 
