@@ -272,19 +272,12 @@ def _plan_table(ranks: list[RankReport]) -> str:
     def span(r: range) -> str:
         return f"{r.start} .. {r.stop - 1} ({len(r)})" if r else "none"
 
-    titles = [
-        "rank",
-        "weights",
-        "KV cache",
-        "workspace",
-        "total GB",
-        "query heads",
-        "KV heads",
-        "FFN columns",
-        "vocabulary",
-    ]
+    names = {"q_heads": "query heads", "kv_heads": "KV heads", "ffn": "FFN columns", "vocab": "vocabulary"}
+    names |= {"expert_ffn": "of an expert", "shared_ffn": "of the shared one"}
+    parts = [part for part in names if any(getattr(r.shard, part) for r in ranks)]
+    titles = ["rank", "weights", "KV cache", "workspace", "total GB", *(names[part] for part in parts)]
     rows = [
-        [str(i), *(f"{n / 1e9:.1f}" for n in _sizes(r).values()), *map(span, vars(r.shard).values())]
+        [str(i), *(f"{n / 1e9:.1f}" for n in _sizes(r).values()), *(span(getattr(r.shard, part)) for part in parts)]
         for i, r in enumerate(ranks)
     ]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]

@@ -37,10 +37,12 @@ class Plan:
         known, config = parse(checkpoint.config)
         params = known.params(config)
         formats = formats_of(run, params, checkpoint)
-        # A group of the down projection's input features has to be on one rank.
-        ffn_multiple = max([TILE, *(formats[p.name].group for p in params if p.columns == "ffn")])
+        # A group of a down projection's input features has to be on one rank.
+        downs = [p.name for p in params if p.columns in ("ffn", "expert_ffn", "shared_ffn")]
+        ffn_multiple = max([TILE, *(formats[name].group for name in downs)])
+        experts = (config.moe.ffn, config.moe.shared_ffn) if config.moe else (0, 0)
         shards = ShardPlan.build(
-            config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares, ffn_multiple
+            config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares, *experts, ffn_multiple
         ).shards
         plan = Plan(known, config, run, params, formats, shards)
         for rank in range(len(shards)):
@@ -55,7 +57,8 @@ class Plan:
         """Memory of a rank with a KV cache of `kv_tokens`; the embedding table is counted whole."""
         config, kv_heads = self.config, len(self.shards[rank].kv_heads)
         cache_dtype = torch.int8 if self.run.kv_dtype == "int8" else act_dtype
-        per_token = KVCache.bytes_per_token(config.n_layers, kv_heads, config.head_dim, cache_dtype)
+        sizes = config.n_layers, kv_heads, config.head_dim, cache_dtype
+        per_token = KVCache.bytes_per_token(*sizes, latent=config.mla is not None)
         weights = weight_bytes(self.params, self.cuts(rank), self.formats, act_dtype)
         return MemoryNeed(weights, kv_tokens * per_token, kv_tokens)
 
@@ -70,7 +73,10 @@ class Plan:
         """
         shard, config, rows = self.shards[rank], self.config, min(tokens, PREFILL_ROWS)
         attention = 2 * (len(shard.q_heads) + len(shard.kv_heads)) * config.head_dim
-        widest = config.hidden + max(attention, 3 * len(shard.ffn))
+        columns = len(shard.ffn)
+        if config.moe:
+            columns = max(columns, config.moe.top_k * len(shard.expert_ffn) + len(shard.shared_ffn))
+        widest = config.hidden + max(attention, 3 * columns)
         return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize)
 
 

@@ -90,6 +90,8 @@ class Numbers:
 
 def stacked(parts: list[Numbers]) -> Numbers:
     """The rows of several, one below the other; all with offsets or none."""
+    if len(parts) == 1:
+        return parts[0]
     offsets = [p.offset for p in parts if p.offset is not None]
     return Numbers(
         torch.cat([p.number for p in parts]),

@@ -144,6 +144,13 @@ class IpexKernels(ReferenceKernels):
             y = self._ops.ipex_woq_linear(x.contiguous(), weight.context.get_data_handle())
         return (y if bias is None else y + bias).to(out_dtype or self.act_dtype)
 
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        # Its weights cannot be cut: each head is multiplied by all of them.
+        n = weight.n // x.shape[1]
+        heads = [self.linear(x[:, i], weight)[:, i * n : (i + 1) * n] for i in range(x.shape[1])]
+        y = torch.stack(heads, 1)
+        return y if tail is None else torch.cat((y, tail), 2)
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -169,18 +176,26 @@ class IpexKernels(ReferenceKernels):
         self._ops.reshape_and_cache(k, v, cache.k, cache.v, slot, "auto", 1.0, 1.0)
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
         # Its kernel for several rows takes a window of one for none at all.
-        if cache.k_scale is not None or window == 1:
-            return super().attention(q, cache, batch, group, group_offset, window)
+        if cache.k_scale is not None or window == 1 or softcap:
+            return super().attention(q, cache, batch, group, group_offset, window, scale, softcap)
         out = torch.empty(q.shape, dtype=self.act_dtype)
         sequences, rows = batch.sequence.unique_consecutive(return_counts=True)
         table = batch.block_table[sequences]
         last = rows.cumsum(0)
         lengths = batch.positions[last - 1] + 1
         longest, most_rows = int(lengths.max()), int(rows.max())
-        scale = 1 / math.sqrt(q.shape[2])
+        scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
         starts, key_starts = (torch.cat((self._first_row[None], x.cumsum(0))).int() for x in (rows, lengths))
         for heads, kv_heads in whole_groups(q.shape[1], group, group_offset):
             k, v = cache.k[:, kv_heads], cache.v[:, kv_heads]

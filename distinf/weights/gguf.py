@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 
 from distinf.config import RopeConfig
 from distinf.kernels.formats import FORMATS, Format, Numbers
-from distinf.models.rope import inverse_frequencies
+from distinf.models.rope import Rotary
 from distinf.weights.gguf_header import GGUFTensor, read_header
 from distinf.weights.raw import RawFile
 
@@ -105,7 +105,8 @@ class GGUFCheckpoint:
         # Llama 3.1 and later: the file has what the frequencies are divided by, Hugging Face the rule that it is from.
         divisors = self._values(tensor, range(1), range(head_dim // 2))[0]
         scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
-        plain, scaled = (inverse_frequencies(RopeConfig(theta, head_dim, s)) for s in (None, scaling))
+        ropes = (Rotary(RopeConfig(theta, head_dim, s)) for s in (None, scaling))
+        plain, scaled = (rope.frequencies(torch.ones(1, dtype=torch.int32))[0] for rope in ropes)
         if not torch.allclose(plain / scaled, divisors, rtol=1e-4):
             raise self._wrong(tensor, "is not Llama 3's scaling, which is expected")
         return scaling

@@ -12,11 +12,12 @@ from distinf.config import ModelConfig, RunConfig
 from distinf.kernels import Kernels, Packer
 from distinf.kernels.formats import FORMATS, Format, Numbers, parse_format, stacked
 from distinf.layers import LinearWeight
-from distinf.models.params import Cut, Param, Source, Weights, bias_name
+from distinf.models.params import Cut, Param, Source, Weights
 from distinf.shard import Shard
 from distinf.weights import Checkpoint
 from distinf.weights.jobs import Job, run_jobs
 from distinf.weights.pack_cache import PackCache
+from distinf.weights.sources import read_bias, read_rows, stack
 
 # What a thread reads and packs at once, in act_dtype: small enough to stay in the caches between the two, large
 # enough for the disk and to make Python's part small.
@@ -59,7 +60,7 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
             loader.cache.save(memory)
     weights = Weights()
     for p in linears:
-        weights.linears[p.name] = LinearWeight(packers[p.name].weight(), _bias(loader, p))
+        weights.linears[p.name] = LinearWeight(packers[p.name].weight(), _bias(loader, p), p.use)
     for p in loader.params:
         if p.kind != "linear":
             weights.tensors[p.name] = _tensor(loader, p)
@@ -91,10 +92,9 @@ def _read(loader: Loader, param: Param, form: Format, chunk: range) -> torch.Ten
     checkpoint, columns = loader.checkpoint, loader.cuts.columns(param)
     pieces = list(_pieces(loader, param, chunk))
     if form == stored_format(checkpoint, param):
-        numbers = [checkpoint.numbers(source.name, rows, columns) for source, rows in pieces]
-        return numbers[0] if len(numbers) == 1 else stacked(numbers)
-    tensors = [checkpoint.read(source.name, loader.kernels.act_dtype, rows, columns) for source, rows in pieces]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        parts = [(source.name, part) for source, rows in pieces for part in source.tensor_rows(rows)]
+        return stacked([checkpoint.numbers(name, part, columns) for name, part in parts])
+    return stack([read_rows(checkpoint, source, loader.kernels.act_dtype, rows, columns) for source, rows in pieces])
 
 
 def _pieces(loader: Loader, param: Param, chunk: range) -> Iterator[tuple[Source, range]]:
@@ -112,19 +112,24 @@ def _bias(loader: Loader, param: Param) -> torch.Tensor | None:
     """fp32 [n_local]"""
     if not param.bias or (param.columns is not None and loader.rank != 0):
         return None
-    whole = [(loader.checkpoint.read(bias_name(s.name), torch.float32), loader.cuts.rows(s)) for s in param.sources]
-    return torch.cat([bias[rows.start : rows.stop] for bias, rows in whole])
+    return stack([read_bias(loader.checkpoint, s, loader.cuts.rows(s)) for s in param.sources]).contiguous()
 
 
 def _tensor(loader: Loader, param: Param) -> torch.Tensor:
-    name = param.sources[0].name
+    source, act_dtype = param.sources[0], loader.kernels.act_dtype
     if param.kind == "vector":
-        return loader.checkpoint.read(name, torch.float32).contiguous()
-    return loader.checkpoint.table(name, loader.kernels.act_dtype)
+        vector = loader.checkpoint.read(source.name, torch.float32).contiguous()
+        return vector + param.shift if param.shift else vector
+    if source == Source(source.name, source.shape):
+        return loader.checkpoint.table(source.name, act_dtype)
+    rows, columns = (range(n) for n in source.features)
+    return read_rows(loader.checkpoint, source, act_dtype, rows, columns).contiguous()
 
 
 def stored_format(checkpoint: Checkpoint, param: Param) -> Format | None:
-    """The format that keeps a linear's own numbers: all its sources have to be in the same one."""
+    """The format that keeps a linear's own numbers: all its sources are in the same one, and used as they are."""
+    if any(s.transposed or s.across or s.pairs or s.unit_rows for s in param.sources):
+        return None
     first, *others = (checkpoint.stored(source.name) for source in param.sources)
     return first if all(other == first for other in others) else None
 
@@ -138,8 +143,10 @@ def formats_of(run: RunConfig, params: Sequence[Param], checkpoint: Checkpoint) 
     def form(param: Param) -> Format:
         dtype = run.head if param.name == "head" else run.dtype
         if dtype == "auto":
-            return stored_format(checkpoint, param) or FORMATS["bf16"]
-        return parse_format(dtype, run.group_size, run.zero_points)
+            form = stored_format(checkpoint, param) or FORMATS["bf16"]
+        else:
+            form = parse_format(dtype, run.group_size, run.zero_points)
+        return FORMATS["bf16"] if param.exact and form.bits < 16 else form
 
     return {param.name: form(param) for param in params if param.kind == "linear"}
 
@@ -181,14 +188,20 @@ class Cuts:
     shard: Shard
 
     def rows(self, source: Source) -> range:
-        """Output features."""
-        return self._range(source.rows) if source.rows else range(source.shape[0])
+        """Output features, counted in the source's part of its tensor."""
+        return self._range(source.rows, source.features[0])
 
     def columns(self, param: Param) -> range:
         """Input features."""
-        return self._range(param.columns) if param.columns else range(param.sources[0].shape[1])
+        return self._range(param.columns, param.sources[0].features[1])
 
-    def _range(self, cut: Cut) -> range:
-        unit = self.config.head_dim if cut in ("q_heads", "kv_heads") else 1
-        whole: range = getattr(self.shard, cut)
-        return range(whole.start * unit, whole.stop * unit)
+    def _range(self, cut: Cut | None, size: int) -> range:
+        """This rank's part of `size` features, which are as many for each head, column or token of the cut."""
+        if cut is None:
+            return range(size)
+        config = self.config
+        whole = {"q_heads": config.n_heads, "kv_heads": config.n_kv_heads, "ffn": config.ffn, "vocab": config.vocab}
+        if config.moe:
+            whole |= {"expert_ffn": config.moe.ffn, "shared_ffn": config.moe.shared_ffn}
+        unit, mine = size // whole[cut], getattr(self.shard, cut)
+        return range(mine.start * unit, mine.stop * unit)

@@ -77,6 +77,9 @@ class SafetensorsCheckpoint:
 
     def tensor(self, name: str) -> StoredTensor:
         """Raises ValueError naming the directory when there is none of this name."""
+        bare = name.partition(".")[2]  # saved from the model without its head, as GPT-2's own files are
+        if name not in self._tensors and bare in self._tensors:
+            name = bare
         if name not in self._tensors:
             files = ", ".join(file.path.name for file in self._files)
             raise ValueError(f"{self._directory}: tensor {name!r} is missing from {files}")
