@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,9 +19,13 @@ from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES,
 from distinf.engine import Sequence
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
+from distinf.memory import available_bytes
+from distinf.plan import Plan, RankReport, report
 from distinf.sampling import SamplingParams
+from distinf.shard import parse_shares
 from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
-from distinf.tokenizer import DEFAULT_MODEL
+from distinf.tokenizer import DEFAULT_MODEL, find_model
+from distinf.weights import Checkpoint, open_checkpoint
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,19 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the model and how it is run; also those of perf/latency.py."""
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
-    parser.add_argument("--head-dtype", metavar="DTYPE", help="of the head (default: as --dtype; int8 for w8a8)")
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        metavar="G",
-        help="weights that share a scale; 0: a channel (default: 32 in int4, else 0)",
-    )
-    parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
-    parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
+    add_weight_arguments(parser)
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
     parser.add_argument(
         "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
@@ -55,9 +48,32 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--membind", default="auto", metavar="|".join(MEMBINDS), help="memory (default: %(default)s)")
     parser.add_argument("--no-capture", dest="capture", action="store_false", help="run every decode step eagerly")
     parser.add_argument("--load-format", default="auto", metavar="|".join(LOAD_FORMATS), help="dummy: random weights")
-    parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
+    parser.add_argument("--pack-cache", metavar="DIR", help="keep packed weights here for the next start")
     parser.add_argument("--config", metavar="FILE", help="config.json for --load-format dummy")
     parser.add_argument("--num-layers", type=int, metavar="N", help="layers for --load-format dummy")
+
+
+def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that decide what a rank holds in memory."""
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bf16",
+        metavar="|".join(DTYPES),
+        help="weights; auto: as the checkpoint has them (default: %(default)s)",
+    )
+    parser.add_argument("--head-dtype", metavar="DTYPE", help="of the head (default: as --dtype; int8 for w8a8)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="weights that share a scale; 0: a channel (default: 32 in int4, else 0)",
+    )
+    parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
+    parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
+    parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
 
 
 def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
@@ -67,7 +83,7 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
         membind=args.membind, group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
-        notify=_notifier(group),
+        notify=_notifier(group), pack_cache=args.pack_cache,
     )  # fmt: skip
 
 
@@ -79,7 +95,7 @@ def _notifier(group: Group) -> Callable[[str], None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """`distinf generate|info`."""
+    """`distinf generate|plan|info`."""
     parser = _Parser(prog="distinf", description="Large language models on CPU sockets, one machine or many.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -98,6 +114,16 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end of the text")
     generate.add_argument("--json", action="store_true", help="last line of stdout: one JSON object of results")
     generate.set_defaults(run=run_generate)
+
+    plan = commands.add_parser("plan", help="what each rank will hold, and whether it fits; loads nothing")
+    add_weight_arguments(plan)
+    plan.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks (default: %(default)s)")
+    plan.add_argument("--ranks-per-node", type=int, metavar="N", help="ranks on a machine (default: all)")
+    plan.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default: %(default)s)")
+    plan.add_argument("--context", type=int, metavar="C", help="tokens of each (default: the model's context)")
+    plan.add_argument("--memory-gb", type=float, metavar="GB", help="memory of a rank (default: this machine's part)")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    plan.set_defaults(run=run_plan, comm="single")
 
     info = commands.add_parser("info", help="versions, instruction sets, placement of each rank")
     info.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="(default: %(default)s)")
@@ -200,6 +226,71 @@ def _summary(report: dict[str, Any]) -> str:
         f"{report['read_gb_s']:.1f} GB/s read = {100 * report['roofline']:.0f} % of this machine's "
         f"{report['roofline_read_gb_s']:.1f} GB/s"
     )
+
+
+def run_plan(args: argparse.Namespace, group: Group) -> None:
+    """`distinf plan`: exit status 0 when every rank fits, 1 when one does not."""
+    ranks, memory = agreed(group, lambda: _plan(args))
+    largest = max(range(len(ranks)), key=lambda i: ranks[i].total)
+    fits = ranks[largest].total <= memory
+    if args.json:
+        rows = [{**_sizes(r), **{k: [v.start, v.stop] for k, v in asdict(r.shard).items()}} for r in ranks]
+        print(json.dumps({"dtype": args.dtype, "memory": memory, "fits": fits, "ranks": rows}), flush=True)
+    else:
+        print(_plan_table(ranks))
+        verdict = f"rank {largest} needs {ranks[largest].total / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
+        print(f"{'yes' if fits else 'no'}: {verdict}", flush=True)
+    if not fits:
+        sys.exit(1)
+
+
+def _plan(args: argparse.Namespace) -> tuple[list[RankReport], int]:
+    """Every rank's needs, and the bytes that each may use."""
+    for flag in ("world_size", "batch", "context", "ranks_per_node"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected 1 or more")
+    shares = parse_shares(args.shares, args.world_size)
+    run = RunConfig(args.dtype, args.head_dtype, args.group_size, args.zero_points, shares, kv_dtype=args.kv_dtype)
+    model = find_model(args.model)
+    plan = Plan.of(_described(model, args.dtype), run)
+    context = args.context or plan.config.max_positions
+    if context > plan.config.max_positions:
+        raise ValueError(f"--context {context} exceeds the model's {plan.config.max_positions} tokens")
+    per_node = min(args.ranks_per_node or args.world_size, args.world_size)
+    memory = available_bytes() // per_node if args.memory_gb is None else int(args.memory_gb * 1e9)
+    # Ranks of a machine share the mapped embedding table where the file has it as it is computed with.
+    sharing = 1 if model.suffix == ".gguf" or args.dtype == "fp32" else per_node
+    return report(plan, args.batch * context, sharing), memory
+
+
+def _described(model: Path, dtype: str) -> Checkpoint:
+    """A checkpoint whose weights are not opened, unless what they are is the question."""
+    if model.suffix == ".json" or (model.is_dir() and dtype != "auto"):
+        return open_checkpoint(model, "dummy", model if model.suffix == ".json" else None, None)
+    return open_checkpoint(model, "auto", None, None)
+
+
+def _sizes(rank: RankReport) -> dict[str, int]:
+    return {"weights": rank.weights, "kv_cache": rank.kv_cache, "workspace": rank.workspace, "total": rank.total}
+
+
+def _plan_table(ranks: list[RankReport]) -> str:
+    """GB (1e9 bytes), and first .. last of each range with its length."""
+
+    def span(r: range) -> str:
+        return f"{r.start} .. {r.stop - 1} ({len(r)})" if r else "none"
+
+    names = {"q_heads": "query heads", "kv_heads": "KV heads", "ffn": "FFN columns", "vocab": "vocabulary"}
+    names |= {"expert_ffn": "of an expert", "shared_ffn": "of the shared one"}
+    parts = [part for part in names if any(getattr(r.shard, part) for r in ranks)]
+    titles = ["rank", "weights", "KV cache", "workspace", "total GB", *(names[part] for part in parts)]
+    rows = [
+        [str(i), *(f"{n / 1e9:.1f}" for n in _sizes(r).values()), *(span(getattr(r.shard, part)) for part in parts)]
+        for i, r in enumerate(ranks)
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in [titles, *rows])
 
 
 def run_info(args: argparse.Namespace, group: Group) -> None:

@@ -14,11 +14,55 @@ class RopeConfig:
     theta: float
     dim: int  # rotated elements of each head
     scaling: dict[str, Any] | None = None
+    max_positions: int = 0  # the checkpoint's max_position_embeddings, which some scalings start from
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Feed-forward blocks of several experts, of which each token uses a few. See distinf.kernels.routing.Router."""
+
+    layers: tuple[bool, ...]  # which have experts; the others have a plain feed-forward block
+    n_experts: int
+    top_k: int
+    ffn: int  # of each expert
+    shared_ffn: int = 0  # of the expert that all tokens use; 0: none
+    shared_gate: bool = False  # whose result is weighted by a gate of its own
+    sigmoid: bool = False
+    choice_bias: bool = False
+    normalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_k <= self.n_experts:
+            raise ValueError(f"config: {self.top_k} experts a token of {self.n_experts}: expected 1 up to all")
+        if self.n_experts % self.groups or not 0 < self.top_groups <= self.groups:
+            raise ValueError(
+                f"config: {self.n_experts} experts in {self.groups} groups, {self.top_groups} of them chosen: "
+                "expected equal groups, and 1 up to all chosen"
+            )
+
+
+@dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    q_rank: int  # of the queries' compression; 0: none
+    kv_rank: int  # elements of the latent vector of keys and values
+    nope_dim: int  # of a query or key head: not rotated
+    rope_dim: int  # of a query head, and of the one key for all heads: rotated
+    v_dim: int  # of a value head
+    pairs: bool = True  # neighbours rotate together; else i and i + rope_dim / 2
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's."""
+    """Architecture of a decoder-only transformer, in the field's words; sizes are the whole model's.
+
+    What most families share has no default; the rest is what some of them add, and off where it is left out.
+    """
 
     model_type: str
     hidden: int
@@ -30,13 +74,29 @@ class ModelConfig:
     vocab: int
     max_positions: int  # context length, tokens
     norm_eps: float
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: learned positions
     tie_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+    # Layers
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    window: int = 0  # keys a token sees, itself included; 0: all
-    eos_ids: tuple[int, ...] = ()
+    layer_norm: bool = False  # LayerNorm instead of RMSNorm
+    norm_shift: float = 0.0  # added to the weight of every norm (Gemma keeps w - 1)
+    parallel_norms: int = 0  # 0: attention before the MLP; 1: beside it, behind one norm; 2: behind a norm each
+    qk_norm: bool = False  # a norm of each query and key head
+    act: str = "silu"  # of the feed-forward block; see Kernels.act
+    moe: MoeConfig | None = None
+    # Attention
+    mla: MlaConfig | None = None  # then n_kv_heads is 1 and head_dim that of the latent vector and the rotated key
+    windows: tuple[int, ...] = ()  # of each layer: keys a token sees, itself included, 0: all; (): 0 everywhere
+    local_rope: RopeConfig | None = None  # of the layers that have a window; None: like the others
+    score_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
+    score_softcap: float = 0.0  # c: scores become c tanh(score / c); 0: as they are
+    # The two ends
+    embed_scale: float = 1.0
+    unit_head: bool = False  # the head's rows are divided by their length
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab", "max_positions"):
@@ -44,11 +104,19 @@ class ModelConfig:
                 raise ValueError(f"config: {name} is {getattr(self, name)}, expected a positive number")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config: {self.n_heads} heads are not a multiple of {self.n_kv_heads} KV heads")
-        if self.rope.dim % 2 or self.rope.dim > self.head_dim:
+        if self.rope and (self.rope.dim % 2 or self.rope.dim > self.head_dim):
             raise ValueError(f"config: rotary dimension {self.rope.dim} is odd or above head_dim {self.head_dim}")
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer's feed-forward block is a mixture of experts."""
+        return self.moe is not None and self.moe.layers[layer]
 
-DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
+    def window(self, layer: int) -> int:
+        """Keys that a token sees in this layer, itself included; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+
+DTYPES = ("auto", "fp32", "bf16", "int8", "w8a8", "int4")
 KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
@@ -62,7 +130,7 @@ LOAD_FORMATS = ("auto", "dummy")
 class RunConfig:
     """Choices of one run, the same on every rank; `check` in cli and LLM has compared them across ranks."""
 
-    dtype: str = "bf16"  # of the linears' weights
+    dtype: str = "bf16"  # of the linears' weights; auto: as the checkpoint has them
     head_dtype: str | None = None  # of the head's; None: see head
     group_size: int | None = None  # input features that share a scale; None: the dtype's own
     zero_points: bool = False

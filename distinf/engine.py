@@ -59,8 +59,8 @@ class Decoder:
         self._ids[:] = [s.generated[-1] for s in running]
         self._positions[:] = [s.next_position - 1 for s in running]
         self._sequence[:] = [s.index for s in running]
-        np.take(self._all_cos, self._positions, axis=0, out=self._cos)
-        np.take(self._all_sin, self._positions, axis=0, out=self._sin)
+        np.take(self._all_cos, self._positions, axis=1, out=self._cos)
+        np.take(self._all_sin, self._positions, axis=1, out=self._sin)
         start = time.perf_counter()
         logits = self._step.replay()
         self.replay_s.append(time.perf_counter() - start)
@@ -71,13 +71,13 @@ class Decoder:
         positions = torch.tensor([s.next_position - 1 for s in running], dtype=torch.int32)
         sequence = torch.tensor([s.index for s in running], dtype=torch.int32)
         table = self._cache.block_table
-        batch = self._model.batch(positions, sequence, table)
+        batch = self._model.batch(positions, sequence, table, positions + 1)
         if not self._capture:
             return self._model.forward(ids, batch, self._cache, None)
         self._step = self._kernels.record(lambda: self._model.forward(ids, batch, self._cache, None))
         # numpy's views of the buffers that the step reads, and the rotation of every position it can come to.
         everywhere = torch.arange(self._cache.max_length, dtype=torch.int32)
-        rotations = self._model.batch(everywhere, torch.zeros_like(everywhere), table)
+        rotations = self._model.batch(everywhere, torch.zeros_like(everywhere), table, everywhere + 1)
         self._all_cos, self._all_sin = rotations.cos.numpy(), rotations.sin.numpy()
         self._ids, self._positions, self._sequence = ids.numpy(), positions.numpy(), sequence.numpy()
         self._cos, self._sin = batch.cos.numpy(), batch.sin.numpy()
@@ -166,24 +166,15 @@ class Engine:
         ids = torch.tensor([t for s in sequences for t in s.prompt], dtype=torch.int32)
         sequence = torch.tensor([s.index for s in sequences for _ in s.prompt], dtype=torch.int32)
         positions = torch.tensor([p for s in sequences for p in range(len(s.prompt))], dtype=torch.int32)
+        lengths = torch.tensor([len(s.prompt) for s in sequences for _ in s.prompt], dtype=torch.int32)
         ends = torch.tensor([len(s.prompt) for s in sequences]).cumsum(0) - 1
         logits = []
         for start in range(0, len(ids), PREFILL_ROWS):
             rows = slice(start, start + PREFILL_ROWS)
             last = None if all_rows else ends[(ends >= start) & (ends < start + PREFILL_ROWS)] - start
-            logits.append(self._forward(ids[rows], positions[rows], sequence[rows], cache, last))
+            batch = self._model.batch(positions[rows], sequence[rows], cache.block_table, lengths[rows])
+            logits.append(self._model.forward(ids[rows], batch, cache, last))
         return torch.cat(logits)
-
-    def _forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        sequence: torch.Tensor,
-        cache: KVCache,
-        last: torch.Tensor | None,
-    ) -> torch.Tensor:
-        batch = self._model.batch(positions, sequence, cache.block_table)
-        return self._model.forward(ids, batch, cache, last)
 
     def _sample(self, running: list[Sequence], logits: torch.Tensor, params: SamplingParams) -> list[int]:
         places = [s.index for s in running], [s.next_position for s in running]
@@ -192,7 +183,8 @@ class Engine:
     def new_cache(self, max_lengths: list[int]) -> KVCache:
         """Room for one sequence of each length, this rank's heads."""
         config, shard = self._model.config, self._model.shard
-        return KVCache(config.n_layers, len(shard.kv_heads), config.head_dim, max_lengths, self._kv_dtype)
+        sizes = config.n_layers, len(shard.kv_heads), config.head_dim
+        return KVCache(*sizes, max_lengths, self._kv_dtype, latent=config.mla is not None)
 
     def _finished(self, sequence: Sequence, params: SamplingParams) -> str | None:
         if sequence.generated[-1] in self._model.config.eos_ids and not params.ignore_eos:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from distinf.comm import Group
 from distinf.kernels import Kernels
 from distinf.kernels.batch import Batch, LayerCache
+from distinf.kernels.routing import Router
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class LinearWeight:
 
     weight: Any  # PackedWeight of the kernels in use
     bias: torch.Tensor | None = None
+    use: float = 1.0  # part of the tokens that pass through it
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,19 @@ class RowParallelLinear:
     kernels: Kernels
     group: Group
 
-    def __call__(self, x: torch.Tensor) -> Any:
-        """x [T, k_local] -> fp32 [T, n], for RMSNorm's `add_` or kernels.settle: see Kernels.partial_linear."""
-        return self.kernels.partial_linear(x, self.linear.weight, self.linear.bias, self.group)
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, k_local] -> fp32 [T, n]: this rank's part of the sum alone."""
+        return self.kernels.linear(x, self.linear.weight, self.linear.bias, torch.float32)
+
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> Any:
+        """x [T, k_local] -> fp32 [T, n], for a norm's `add_` or kernels.settle: see Kernels.partial_linear.
+
+        `plus` is another layer's `partial`: two results that are added anyway are reduced once.
+        """
+        if plus is None:
+            return self.kernels.partial_linear(x, self.linear.weight, self.linear.bias, self.group)
+        self.kernels.add_(plus, self.partial(x))
+        return self.kernels.all_reduce_(plus, self.group)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,36 @@ class RMSNorm:
 
 
 @dataclass(frozen=True)
+class LayerNorm:
+    """Layer norm of the fp32 residual stream."""
+
+    weight: torch.Tensor  # fp32 [hidden]
+    bias: torch.Tensor  # fp32 [hidden]
+    eps: float
+    kernels: Kernels
+
+    def __call__(self, x: torch.Tensor, add_: Any = None) -> torch.Tensor:
+        """See RMSNorm."""
+        return self.kernels.layer_norm(x, self.weight, self.bias, self.eps, add_)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """Root mean square norm of each query or key head."""
+
+    weight: torch.Tensor  # fp32 [head_dim]
+    eps: float
+    kernels: Kernels
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """x [T, heads, head_dim] act_dtype, in place."""
+        self.kernels.head_norm_(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Grouped-query attention over this rank's heads, which may cut a group in two."""
 
@@ -68,29 +111,137 @@ class Attention:
     kv_heads: range
     group_size: int  # query heads per KV head in the whole model
     head_dim: int
-    window: int
+    kernels: Kernels
+    rope: int | None = 0  # which of the batch's rotations; None: positions are learned
+    window: int = 0  # keys a token sees, itself included; 0: all
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    softcap: float = 0.0  # of the scores; 0: none
+    q_norm: HeadNorm | None = None
+    k_norm: HeadNorm | None = None
+
+    def heads_of(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        """x [T, hidden] act_dtype -> this rank's heads [T, heads_local * head_dim] before the output projection.
+
+        Appends keys and values to the cache.
+        """
+        n, n_kv = len(self.heads), len(self.kv_heads)
+        if not n:
+            return x[:, :0]
+        qkv = self.qkv(x).unflatten(1, (n + 2 * n_kv, self.head_dim))
+        if self.q_norm and self.k_norm:
+            self.q_norm(qkv[:, :n])
+            self.k_norm(qkv[:, n : n + n_kv])
+        if self.rope is not None:
+            self.kernels.rope_(qkv[:, : n + n_kv], batch.cos[self.rope], batch.sin[self.rope])
+        self.kernels.kv_append_(qkv[:, n : n + n_kv], qkv[:, n + n_kv :], cache, batch)
+        offset = self.heads.start - self.kv_heads.start * self.group_size
+        attended = self.kernels.attention(
+            qkv[:, :n], cache, batch, self.group_size, offset, self.window, self.scale, self.softcap
+        )
+        return attended.flatten(1)
+
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> Any:
+        """x [T, hidden] act_dtype -> what `o` gives."""
+        return self.o(self.heads_of(x, batch, cache))
+
+    def partial(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        """fp32 [T, hidden]: this rank's part of it alone; see RowParallelLinear."""
+        return self.o.partial(self.heads_of(x, batch, cache))
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) over this rank's heads.
+
+    What is cached of a token is one vector for all heads: the latent c and one rotated key. A head's key from c is
+    W_k c, so a query meets c itself once it is W_k^T q; the mean of the values W_v c is W_v times that of c. Every
+    rank computes and caches c, and the heads are divided.
+    """
+
+    q_down: ColumnParallelLinear | None  # to the queries' own latent vector
+    q_norm: HeadNorm | None
+    q: ColumnParallelLinear  # all heads' parts that do not rotate, behind them those that do
+    kv_down: ColumnParallelLinear
+    kv_norm: HeadNorm
+    k_up: LinearWeight  # W_k^T of each head
+    v_up: LinearWeight  # W_v of each head
+    o: RowParallelLinear
+    heads: range
+    nope_dim: int
+    kv_rank: int
+    n_heads: int  # of the whole model
+    scale: float
     kernels: Kernels
 
     def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> Any:
-        """x [T, hidden] act_dtype -> what `o` gives; appends keys and values to the cache."""
-        n, n_kv = len(self.heads), len(self.kv_heads)
-        qkv = self.qkv(x).unflatten(1, (n + 2 * n_kv, self.head_dim)) if n else x.new_empty(len(x), 0, self.head_dim)
-        if n:
-            self.kernels.rope_(qkv[:, : n + n_kv], batch.cos, batch.sin)
-            self.kernels.kv_append_(qkv[:, n : n + n_kv], qkv[:, n + n_kv :], cache, batch)
-            offset = self.heads.start - self.kv_heads.start * self.group_size
-            qkv = self.kernels.attention(qkv[:, :n], cache, batch, self.group_size, offset, self.window)
-        return self.o(qkv.flatten(1))
+        """x [T, hidden] act_dtype -> what `o` gives; appends c and the rotated key to the cache."""
+        n, kernels = len(self.heads), self.kernels
+        if not n:
+            return self.o(x[:, :0])
+        q = self.q(self._queries_latent(x))
+        nope, rope = (part.unflatten(1, (n, -1)) for part in q.tensor_split([n * self.nope_dim], 1))
+        latent = self.kv_down(x)[:, None]  # [T, 1, kv_rank + rope_dim]
+        self.kv_norm(latent[..., : self.kv_rank])
+        kernels.rope_(latent[..., self.kv_rank :], batch.cos[0], batch.sin[0])
+        kernels.rope_(rope, batch.cos[0], batch.sin[0])
+        kernels.kv_append_(latent, latent, cache, batch)
+        q = kernels.head_linear(nope, self.k_up.weight, rope)  # [T, heads, kv_rank + rope_dim]
+        mean = kernels.attention(q, cache, batch, self.n_heads, self.heads.start, 0, self.scale)
+        values = kernels.head_linear(mean[..., : self.kv_rank], self.v_up.weight)
+        return self.o(values.flatten(1))
+
+    def _queries_latent(self, x: torch.Tensor) -> torch.Tensor:
+        if self.q_down is None or self.q_norm is None:
+            return x
+        latent = self.q_down(x)
+        self.q_norm(latent[:, None])
+        return latent
 
 
 @dataclass(frozen=True)
 class MLP:
-    """Gated feed-forward block: down(silu(gate(x)) * up(x))."""
+    """Feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
 
-    gate_up: ColumnParallelLinear
+    up: ColumnParallelLinear  # with a gate its rows stand before those of `up`
     down: RowParallelLinear
+    act: str
+    gated: bool
     kernels: Kernels
 
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> Any:
+        """x [T, hidden] act_dtype -> what `down` gives. `plus`: see RowParallelLinear."""
+        return self.down(self._activated(x), plus)
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, hidden]: this rank's part of it alone; see RowParallelLinear."""
+        return self.down.partial(self._activated(x))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.kernels.act_mul if self.gated else self.kernels.act)(self.up(x), self.act)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of experts (Shazeer et al., arXiv 1701.06538), each split over the ranks like a plain MLP."""
+
+    gate: ColumnParallelLinear  # whole on every rank: all choose alike
+    choice_bias: torch.Tensor | None  # fp32 [experts]; see Kernels.route
+    router: Router
+    gate_up: Sequence[LinearWeight]
+    down: Sequence[LinearWeight]
+    act: str
+    shared: MLP | None  # an expert that all tokens use
+    shared_gate: ColumnParallelLinear | None
+    kernels: Kernels
+    group: Group
+
     def __call__(self, x: torch.Tensor) -> Any:
-        """x [T, hidden] act_dtype -> what `down` gives."""
-        return self.down(self.kernels.silu_mul(self.gate_up(x)))
+        """x [T, hidden] act_dtype -> fp32 [T, hidden], as RowParallelLinear gives it."""
+        kernels = self.kernels
+        routes = kernels.route(self.gate(x, torch.float32), self.choice_bias, self.router)
+        rows = kernels.expert_rows(x, routes)
+        hidden = kernels.act_mul(kernels.expert_linear(rows, [w.weight for w in self.gate_up], routes), self.act)
+        y = kernels.expert_linear(hidden, [w.weight for w in self.down], routes, torch.float32)
+        shared = self.shared.partial(x) if self.shared else None
+        weight = self.shared_gate(x, torch.float32) if self.shared_gate else None
+        return kernels.all_reduce_(kernels.expert_sum(y, routes, shared, weight), self.group)

@@ -8,26 +8,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from distinf import comm
+from distinf import __version__, comm
 from distinf import kernels as kernel_library
 from distinf.comm import Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.engine import Engine, Sequence
-from distinf.kernels import Kernels
-from distinf.kv_cache import KVCache
-from distinf.memory import MemoryNeed, available_bytes, check_memory
-from distinf.models import Model, family
+from distinf.kernels import Kernels, native
+from distinf.memory import available_bytes, check_memory
+from distinf.models import Model
 from distinf.models.params import Weights
 from distinf.placement import bind, describe, remote_memory
+from distinf.plan import Plan, parse
 from distinf.sampling import SamplingParams
-from distinf.shard import ShardPlan, parse_shares
+from distinf.shard import parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
-from distinf.weights.load import Cuts, Formats, check_groups, load_weights, weight_bytes
+from distinf.weights.load import Loader, load_weights
+from distinf.weights.pack_cache import PackCache
 
 
 @dataclass(frozen=True)
@@ -57,48 +57,54 @@ def load_model(
     kv_tokens: int = 0,
     progress: bool = False,
     notify: Callable[[str], None] = lambda line: None,
+    pack_cache: Path | None = None,
 ) -> LoadedModel:
     """Plan the shards, check that all ranks mean the same model and have room for it, and load this rank's part.
 
     `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. `notify` is given lines
-    for a person, the same on every rank: what each is bound to, and warnings. Raises InputError on every rank
-    for anything that one of them cannot load.
+    for a person, the same on every rank: what each is bound to, and warnings. `pack_cache`: a directory of
+    packed shards, read where it has this one and written where not. Raises InputError on every rank for anything
+    that one of them cannot load.
     """
-    known, config = agreed(group, lambda: _parse(checkpoint))
+    _, config = agreed(group, lambda: parse(checkpoint.config))
     _check_same(group, config, run)
     bound = bind(group, run.threads, run.membind, lambda p: kernel_library.load(run.kernels, run.isa, run.dtype, p))
     kernels = bound.kernels
-    plan = agreed(
-        group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
-    )
-    shard, params, show = plan.shards[group.rank], known.params(config), progress and group.rank == 0
-    formats = agreed(group, lambda: Formats.of(run))
-    cuts = Cuts(config, shard)
-    agreed(group, lambda: check_groups(params, cuts, formats))
-    need = MemoryNeed(
-        weights=weight_bytes(params, cuts, formats, kernels.act_dtype),
-        kv_cache=kv_tokens
-        * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)),
-        kv_tokens=kv_tokens,
-    )
-    needs, mates = group.all_gather_object(need), group.node_mates()
+    plan = agreed(group, lambda: Plan.of(checkpoint, run))
+    needs = group.all_gather_object(plan.need(group.rank, kv_tokens, kernels.act_dtype))
+    mates = group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     for line in [*describe(bound.bindings), *(f"warning: {text}" for text in bound.warnings)]:
         notify(line)
-    weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
+    cores = bound.bindings[group.rank].cores
+    cache = agreed(group, lambda: _cache(pack_cache, checkpoint, plan, group.rank, kernels) if pack_cache else None)
+    loader = Loader(checkpoint, plan.params, plan.cuts(group.rank), group.rank, kernels, plan.formats, cores, cache)
+    weights = agreed(group, lambda: load_weights(loader, progress and group.rank == 0))
     for text in remote_memory(group, bound):
         notify(f"warning: {text}")
-    return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
+    model = plan.family.build(config, plan.shards[group.rank], weights, kernels, group)
+    return LoadedModel(model, kernels, weights)
+
+
+def _cache(directory: Path, checkpoint: Checkpoint, plan: Plan, rank: int, kernels: Kernels) -> PackCache:
+    """This rank's entry: the packed bytes are a function of what is in its key."""
+    if kernels.name != "native":
+        raise ValueError(f"--pack-cache needs the native kernels, but --kernels {kernels.name} is in use")
+    made_of = (
+        __version__,
+        native.build_id(),
+        kernels.isa,
+        checkpoint.identity,
+        plan.shards[rank],
+        plan.formats,
+        plan.params,
+    )
+    return PackCache(directory, "\n".join(map(str, made_of)))
 
 
 def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
     """What `--kv-dtype` means for these kernels: keys and values as they are computed, or int8."""
     return torch.int8 if run.kv_dtype == "int8" else kernels.act_dtype
-
-
-def _parse(checkpoint: Checkpoint) -> tuple[Any, ModelConfig]:
-    known = family(str(checkpoint.config["model_type"]))
-    return known, known.config_from_hf(checkpoint.config)
 
 
 def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
@@ -139,17 +145,19 @@ class LLM:
         group: Group | None = None,
         progress: bool = False,
         notify: Callable[[str], None] = lambda line: None,
+        pack_cache: str | None = None,
     ) -> None:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
-        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same, int8 for w8a8);
-        `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache.
-        `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights
-        of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given.
-        `capture` False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the
+        `dtype` is auto (as the checkpoint has it), fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None:
+        the same, int8 for w8a8); `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8
+        halves the KV cache. `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes
+        random weights of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when
+        given. `capture` False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the
         tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
         `membind` takes memory near the cores ("auto"), from the nearest HBM node ("hbm") or as the launcher left it
         ("off"). `progress` shows a loading bar on stderr; `notify` is given lines about the placement of all ranks.
+        `pack_cache` is a directory where packed weights are kept from one start to the next.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -178,7 +186,8 @@ class LLM:
             self.group,
             lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
         )
-        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress, notify)
+        cache = Path(pack_cache) if pack_cache else None
+        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress, notify, cache)
         self.engine = Engine(
             self.loaded.model, self.loaded.kernels, self.group, cache_dtype(self.run, self.loaded.kernels), capture
         )

@@ -79,6 +79,8 @@ class Shard:
     kv_heads: range
     ffn: range
     vocab: range
+    expert_ffn: range = range(0)  # of each expert
+    shared_ffn: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,30 @@ class ShardPlan:
     shards: tuple[Shard, ...]
 
     @staticmethod
-    def build(n_heads: int, n_kv_heads: int, ffn: int, vocab: int, shares: Sequence[Fraction | int]) -> ShardPlan:
-        """Plan for `len(shares)` ranks.
+    def build(
+        n_heads: int,
+        n_kv_heads: int,
+        ffn: int,
+        vocab: int,
+        shares: Sequence[Fraction | int],
+        expert_ffn: int = 0,
+        shared_ffn: int = 0,
+        ffn_multiple: int = TILE,
+    ) -> ShardPlan:
+        """Plan for `len(shares)` ranks. Each expert is split like the other weights: all ranks work on every one.
+
+        Ranges of FFN columns end on multiples of `ffn_multiple`, itself a multiple of TILE.
 
         Raises ValueError when a rank with a share above zero would get neither heads nor FFN columns.
         """
         heads = split_heads(n_heads, n_kv_heads, shares)
-        ffns = split(ffn, shares, TILE)
+        ffns = (split(n, shares, ffn_multiple) for n in (ffn, expert_ffn, shared_ffn))
         vocabs = split(vocab, shares, TILE)
-        shards = tuple(Shard(h.q, h.kv, f, v) for h, f, v in zip(heads, ffns, vocabs, strict=True))
+        shards = tuple(Shard(h.q, h.kv, f, v, *e) for h, v, f, *e in zip(heads, vocabs, *ffns, strict=True))
         for rank, (shard, share) in enumerate(zip(shards, shares, strict=True)):
             if share and not shard.q_heads and not shard.ffn:
                 raise ValueError(
                     f"{len(shares)} ranks are more than the model can use: rank {rank} would hold nothing of "
-                    f"{n_heads} heads and {ffn} FFN columns (in units of {TILE})"
+                    f"{n_heads} heads and {ffn} FFN columns (in units of {ffn_multiple})"
                 )
         return ShardPlan(shards)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import FORMATS, Format, quantise, quantise_activations
+from distinf.kernels.formats import FORMATS, Format, Numbers, quantise, quantise_activations
 from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.routing import Router
 
 BF16_ULP = 2.0**-8  # spacing of bf16 numbers relative to the lower end of a binade: rounding errs by half of it
 FP32_UNIT = 2.0**-24  # unit roundoff of fp32
@@ -85,6 +86,34 @@ QUANTISED_SHAPES = [
 ]
 
 
+# Checkpoints' own grids: GGUF's blocks, GPTQ with and without zero points, one scale for a channel.
+OWN_GRIDS = [
+    replace(FORMATS["int8"], group=32, scales=torch.float16), replace(FORMATS["int4"], group=32, scales=torch.float16),
+    replace(FORMATS["int4"], group=32, scales=torch.float16, zero_points=True),
+    replace(FORMATS["int4"], group=64, scales=torch.float32, zero_points=True),
+    replace(FORMATS["int4"], group=0, scales=torch.float16), replace(FORMATS["w8a8"], scales=torch.float32),
+]  # fmt: skip
+
+
+def check_numbers(kernels: Any, form: Format) -> None:
+    """Ready numbers are multiplied as they are. One-hot rows have exact digits and find the matrix again, up to a few
+    fp32 roundings of the group's result, and of an offset taken out of it.
+    """
+    torch.manual_seed(0)
+    n, k = 77, 256
+    groups = k // (form.group or k)
+    number = torch.randint(1 << form.bits, (n, k), dtype=torch.uint8)
+    scale, offset = torch.rand(n, groups).to(form.scales).float(), torch.randn(n, groups).to(form.scales).float()
+    numbers = Numbers(number, scale, offset if form.zero_points else None)
+    packer = kernels.packer(n, k, form)
+    for first in (64, 0, 32):  # in any order
+        part = slice(first, first + 32)
+        packer.add(first, Numbers(number[part], scale[part], offset[part] if form.zero_points else None))
+    found = kernels.linear(torch.eye(k).bfloat16(), packer.weight(), None, torch.float32).T
+    tolerance = 8 * FP32_UNIT * (scale.max() * (1 << form.bits) + offset.abs().max())
+    assert ((found - numbers.dequantised(form)).abs() <= tolerance).all(), form
+
+
 def check_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
     torch.manual_seed(n)
     x, weight, add = torch.randn(rows, n) * 3, torch.randn(n), torch.randn(rows, n) if with_add else None
@@ -108,18 +137,131 @@ def check_rope(kernels: Any, rows: int, heads: int, head_dim: int, half: int) ->
     torch.testing.assert_close(wide.float(), expected, rtol=BF16_ULP, atol=16 * FP32_UNIT)
 
 
-def check_silu_mul(kernels: Any, rows: int, n: int) -> None:
+def check_layer_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
+    torch.manual_seed(n)
+    x, add = torch.randn(rows, n) * 3 + 5, torch.randn(rows, n) if with_add else None
+    weight, bias = torch.randn(n), torch.randn(n)
+    expected_x = x.clone()
+    expected = ReferenceKernels.layer_norm(_reference(torch.float32), expected_x, weight, bias, 1e-5, add)
+    y = kernels.layer_norm(x, weight, bias, 1e-5, add)
+    torch.testing.assert_close(x, expected_x, rtol=0, atol=0)
+    # The mean is a sum of n numbers of which the largest is about 20, divided by n; the deviation is about 3.
+    torch.testing.assert_close(y.float(), expected, rtol=BF16_ULP, atol=n * FP32_UNIT * 20 / 3)
+
+
+def check_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
+    torch.manual_seed(head_dim)
+    wide, weight = (torch.randn(rows, heads + 2, head_dim) * 2).bfloat16(), torch.randn(head_dim)
+    expected = wide.float()
+    _reference(torch.float32).head_norm_(expected[:, 1:-1], weight, 1e-6)
+    kernels.head_norm_(wide[:, 1:-1], weight, 1e-6)
+    torch.testing.assert_close(wide.float(), expected, rtol=BF16_ULP, atol=0)
+
+
+def check_act(kernels: Any, kind: str, rows: int, n: int) -> None:
+    """Beside the rounding to bf16: an activation is x times a number up to 1 that errs by a few fp32 units of 1."""
     torch.manual_seed(n)
     x = (torch.randn(rows, 2 * n) * 4).bfloat16()
     x[0, :2] = torch.tensor([200.0, -200.0])  # both ends of exp
-    expected = _reference(torch.float32).silu_mul(x)
-    torch.testing.assert_close(kernels.silu_mul(x).float(), expected, rtol=BF16_ULP, atol=1e-30)
+    gate, up = x.double().chunk(2, dim=-1)
+    exact, error = EXACT_ACTS[kind](gate), 4 * FP32_UNIT * gate.abs()
+    y = kernels.act(x[:, :n].contiguous(), kind).double()
+    assert ((y - exact).abs() <= BF16_ULP * exact.abs() + error).all()
+    y = kernels.act_mul(x, kind).double()
+    assert ((y - exact * up).abs() <= BF16_ULP * (exact * up).abs() + error * up.abs()).all()
+
+
+EXACT_ACTS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+def check_softcap(kernels: Any, rows: int, n: int) -> None:
+    """tanh is within a few units of 1, the cap times that of the result."""
+    torch.manual_seed(n)
+    x = torch.randn(rows, n) * 40
+    expected = (30 * (x.double() / 30).tanh()).float()
+    kernels.softcap_(x, 30.0)
+    torch.testing.assert_close(x, expected, rtol=0, atol=4 * 2 * FP32_UNIT * 30)
+
+
+def check_head_linear(kernels: Any, form: Format, rows: int, heads: int, n: int, k: int, tail: int) -> None:
+    """A head's result is that of a linear of its own, whose rows may be added up in another order; see check_experts."""
+    torch.manual_seed(rows)
+    wide, weight = torch.randn(rows, heads, k + 8).bfloat16(), torch.randn(heads, n, k).bfloat16()
+    x, behind = wide[..., :k], torch.randn(rows, heads * tail).bfloat16().view(rows, heads, tail)
+    y = kernels.head_linear(x, kernels.pack(weight.flatten(0, 1), form), behind if tail else None)
+    assert y.shape == (rows, heads, n + tail)
+    tolerance = (k + 8) * FP32_UNIT * 4 * float(x.float().norm(dim=-1).max() * weight.float().norm(dim=-1).max())
+    for head in range(heads):
+        single = kernels.linear(x[:, head], kernels.pack(weight[head], form), None, torch.float32)
+        torch.testing.assert_close(y[:, head, :n].float(), single, rtol=BF16_ULP, atol=tolerance)
+    assert torch.equal(y[..., n:], behind)
+
+
+ROUTERS = [
+    (8, Router(top_k=2, normalise=True)),
+    (60, Router(top_k=4)),
+    (5, Router(top_k=5, scale=2.5)),
+    (24, Router(top_k=6, groups=4, top_groups=2, scale=16.0)),
+    (32, Router(top_k=4, sigmoid=True, normalise=True, scale=2.5, groups=8, top_groups=3, group_best=2)),
+]
+
+
+def check_route(kernels: Any, experts: int, router: Router, rows: int, biased: bool) -> None:
+    """The same choice; weights within a few units of their own size, which exp and a sum of `experts` numbers cost."""
+    torch.manual_seed(experts + rows)
+    logits = torch.randn(rows, experts) * 2
+    bias = torch.randn(experts) / 4 if biased else None
+    expected, routes = (k.route(logits, bias, router) for k in (_reference(torch.float32), kernels))
+    assert torch.equal(routes.ids, expected.ids)
+    torch.testing.assert_close(routes.weights, expected.weights, rtol=(experts + 8) * FP32_UNIT, atol=0)
+    assert torch.equal(routes.place, expected.place) and torch.equal(routes.starts, expected.starts)
+
+
+def check_experts(kernels: Any, form: Format, rows: int, n: int, k: int) -> None:
+    """A token's result is the weighted sum of single linears, whichever experts it and its neighbours chose.
+
+    Each product's row is what `linear` gives for it alone, so only the sum of top_k numbers errs; AMX and the other
+    kernels may add a row's products in another order when it stands among others: (k + 2) units of the magnitudes.
+    """
+    torch.manual_seed(rows)
+    router, x = Router(top_k=3, normalise=True), torch.randn(rows, k).bfloat16()
+    routes = kernels.route(
+        torch.randn(rows, 7) * 3 - torch.arange(7.0) * 2, None, router
+    )  # the last ones hardly chosen
+    weights = [kernels.pack(torch.randn(n, k).bfloat16() / k**0.5, form) for _ in range(7)]
+    plus, gate = torch.randn(rows, n), torch.randn(rows, 1)
+    y = kernels.expert_linear(kernels.expert_rows(x, routes), weights, routes, torch.float32)
+    singles = torch.stack([kernels.linear(x, w, None, torch.float32) for w in weights], 1)  # [rows, experts, n]
+    chosen = singles.gather(1, routes.ids.long()[..., None].expand(-1, -1, n)) * routes.weights[..., None]
+    tolerance = (k + 8) * FP32_UNIT * 4 * float(x.float().norm(dim=1).max())
+    for shared, gated in ((None, None), (plus, None), (plus, gate)):
+        expected = chosen.sum(1)
+        if shared is not None:
+            expected = expected + shared * (1 if gated is None else gated.sigmoid())
+        total = kernels.expert_sum(y, routes, shared, gated)
+        torch.testing.assert_close(total, expected, rtol=0, atol=tolerance)
+
+
+EXPERT_FORMS = [FORMATS["bf16"], FORMATS["int8"], FORMATS["int4"]]
+
+
+def check_add(kernels: Any, rows: int, n: int, dtype: torch.dtype) -> None:
+    x, y = torch.randn(rows, n), torch.randn(rows, n).to(dtype)
+    expected = x + y.float()
+    kernels.add_(x, y)
+    assert torch.equal(x, expected)
 
 
 def check_embedding(kernels: Any) -> None:
     table = torch.randn(50, 36).bfloat16()
     ids = torch.tensor([0, 49, 7, 7], dtype=torch.int32)
     assert torch.equal(kernels.embedding(ids, table), table[ids.long()].float())
+    assert torch.equal(kernels.embedding(ids, table, 9.5), table[ids.long()].float() * 9.5)
 
 
 def check_kv_append(kernels: Any, head_dim: int) -> None:
@@ -147,6 +289,8 @@ def check_attention(
     head_dim: int,
     window: int,
     kv_dtype: torch.dtype,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> None:
     """Sequences of `lengths` tokens, the last `new` of each being this step's rows; the earlier ones are cached.
 
@@ -172,31 +316,33 @@ def check_attention(
         qkv = torch.randn(len(batch.positions), heads + 2 * kv_heads, head_dim).bfloat16()
         kernels.kv_append_(qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :], cache, batch)
     q = qkv[:, :heads]
-    expected = _reference(torch.float32).attention(q.float(), cache, batch, group, offset, window)
-    y = kernels.attention(q, cache, batch, group, offset, window)
-    tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window)
+    how = group, offset, window, scale, softcap
+    expected = _reference(torch.float32).attention(q.float(), cache, batch, *how)
+    y = kernels.attention(q, cache, batch, *how)
+    tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window, scale)
     rounding = _rounding_of_weights(kernels, max(new) * min(group, heads))
     if rounding:
         sizes = replace(cache, v=cache.v.abs())
-        tolerance += rounding * _reference(torch.float32).attention(q.float(), sizes, batch, group, offset, window)
+        tolerance += rounding * _reference(torch.float32).attention(q.float(), sizes, batch, *how)
     assert ((y.float() - expected).abs() <= tolerance).all(), (y.float() - expected).abs().max()
-    assert torch.equal(kernels.attention(q, cache, batch, group, offset, window), y), "not the same twice"
+    assert torch.equal(kernels.attention(q, cache, batch, *how), y), "not the same twice"
 
 
-def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int) -> float:
+def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int, scale: float | None) -> float:
     """Fp32 error of a mean of values, weighted by e^score, in any order of summation; for each of two results.
 
-    A score is a sum of head_dim products: (head_dim + 2) units of |q| |k| / sqrt(head_dim), by Cauchy and Schwarz
+    A score is a sum of head_dim products: (head_dim + 2) units of |q| |k| times the scale, by Cauchy and Schwarz
     above the sum of the products' magnitudes. It moves its weight by as much, relatively, and the mean of values
     by at most twice that of the largest |v|; exp, the sums over keys and the factors of each block's running
-    maximum add a few units a key.
+    maximum add a few units a key. A soft cap is a tanh whose error is a few units of the cap, which is below the
+    largest score where it matters.
     """
     k, v = (
         torch.nan_to_num(x.float() if scale is None else x * scale[..., None])
         for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
     )
     head_dim, keys = q.shape[-1], min(length, window or length)
-    score = float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max()) / math.sqrt(head_dim)
+    score = float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max()) * (scale or 1 / math.sqrt(head_dim))
     return 2 * (2 * (head_dim + 2) * score + 3 * keys) * FP32_UNIT * float(v.abs().max())
 
 
@@ -268,6 +414,8 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     # A group with more queries than a tile, cut within a row; a prompt's later part; decode beside prefill.
     dict(lengths=[140], new=[3], heads=71, group=71, offset=0, head_dim=32, window=0),
     dict(lengths=[500], new=[200], heads=6, group=3, offset=0, head_dim=64, window=100),
+    # Gemma's.
+    dict(lengths=[150, 64], new=[40, 1], heads=4, group=2, offset=0, head_dim=48, window=33, scale=0.3, softcap=5.0),
     dict(lengths=[400, 90, 9, 130], new=[1, 80, 1, 130], heads=5, group=4, offset=3, head_dim=64, window=0),
     # Most queries that attention_amx.cpp leaves to vectors, and fewest that it does not.
     dict(lengths=[100], new=[8], heads=1, group=1, offset=0, head_dim=64, window=0),
@@ -284,6 +432,11 @@ def check_linears(kernels: Any) -> None:
     for form in QUANTISED:
         for m, n, k in QUANTISED_SHAPES:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
+    for form in OWN_GRIDS:
+        check_numbers(kernels, form)
+    for form in EXPERT_FORMS:
+        check_experts(kernels, form, rows=40, n=48, k=96)
+        check_head_linear(kernels, form, rows=40, heads=3, n=64, k=96, tail=8)
 
 
 def check_attentions(kernels: Any) -> None:

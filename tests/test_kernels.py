@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from distinf.kernels import Placement, ipex, load, native
+from distinf.kernels import ACTS, Placement, ipex, load, native
 from distinf.kernels.formats import FORMATS, Format
 from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.routing import Router
 from tests import kernel_cases as cases
 
 LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
@@ -55,6 +56,13 @@ def test_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int) ->
     cases.check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
 
 
+@pytest.mark.parametrize("form", cases.OWN_GRIDS, ids=lambda f: f"{f.name}-{f.group}-{f.scales}")
+def test_numbers_of_a_checkpoint(kernels: Any, form: Format) -> None:
+    if kernels.name == "ipex":
+        pytest.skip("refused, see test_choices_that_do_not_go_together")
+    cases.check_numbers(kernels, form)
+
+
 @pytest.mark.parametrize("rows, n", [(1, 576), (3, 80), (5, 7), (2, 2048)])
 @pytest.mark.parametrize("with_add", [False, True])
 def test_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
@@ -66,9 +74,72 @@ def test_rope(kernels: Any, rows: int, heads: int, head_dim: int, half: int) -> 
     cases.check_rope(kernels, rows, heads, head_dim, half)
 
 
+@pytest.mark.parametrize("rows, n", [(1, 576), (3, 80), (5, 7), (2, 2048)])
+@pytest.mark.parametrize("with_add", [False, True])
+def test_layer_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
+    cases.check_layer_norm(kernels, rows, n, with_add)
+
+
+@pytest.mark.parametrize("rows, heads, head_dim", [(1, 12, 64), (5, 3, 20), (4, 1, 128)])
+def test_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
+    cases.check_head_norm(kernels, rows, heads, head_dim)
+
+
 @pytest.mark.parametrize("rows, n", [(1, 1536), (3, 40), (2, 33)])
-def test_silu_mul(kernels: Any, rows: int, n: int) -> None:
-    cases.check_silu_mul(kernels, rows, n)
+@pytest.mark.parametrize("kind", ACTS)
+def test_act(kernels: Any, kind: str, rows: int, n: int) -> None:
+    cases.check_act(kernels, kind, rows, n)
+
+
+@pytest.mark.parametrize("rows, heads, n, k, tail", [(1, 3, 64, 48, 16), (5, 2, 32, 64, 0), (40, 4, 96, 128, 6)])
+@pytest.mark.parametrize("form", cases.EXPERT_FORMS, ids=lambda f: f.name)
+def test_head_linear(kernels: Any, form: Format, rows: int, heads: int, n: int, k: int, tail: int) -> None:
+    if form.group and k % form.group:
+        pytest.skip("not whole groups: refused before loading")
+    cases.check_head_linear(kernels, form, rows, heads, n, k, tail)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 50])
+@pytest.mark.parametrize("experts, router", cases.ROUTERS, ids=str)
+def test_route(kernels: Any, experts: int, router: Router, rows: int, biased: bool) -> None:
+    cases.check_route(kernels, experts, router, rows, biased)
+
+
+@pytest.mark.parametrize("rows, n, k", [(1, 48, 64), (3, 40, 96), (60, 33, 128)])
+@pytest.mark.parametrize("form", cases.EXPERT_FORMS, ids=lambda f: f.name)
+def test_experts(kernels: Any, form: Format, rows: int, n: int, k: int) -> None:
+    cases.check_experts(kernels, form, rows, n, k)
+
+
+def test_experts_without_columns_or_rows(kernels: Any) -> None:
+    """What a rank with a share of zero has."""
+    routes = kernels.route(torch.randn(3, 4), None, Router(top_k=2))
+    rows = kernels.expert_rows(torch.randn(3, 32).bfloat16(), routes)
+    into, out = (
+        [kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"]) for _ in range(4)] for shape in ((0, 32), (32, 0))
+    )
+    nothing = kernels.expert_linear(rows, into, routes)
+    assert nothing.shape == (6, 0)
+    assert torch.equal(kernels.expert_linear(nothing, out, routes, torch.float32), torch.zeros(6, 32))
+
+
+def test_more_experts_than_fit_are_refused(kernels: Any) -> None:
+    if kernels.name != "native":
+        pytest.skip("takes any")
+    with pytest.raises(ValueError, match="more than 512 experts"):
+        kernels.route(torch.randn(1, 513), None, Router(top_k=2))
+
+
+@pytest.mark.parametrize("rows, n", [(1, 1999), (3, 40)])
+def test_softcap(kernels: Any, rows: int, n: int) -> None:
+    cases.check_softcap(kernels, rows, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows, n", [(1, 1999), (3, 40)])
+def test_add(kernels: Any, rows: int, n: int, dtype: torch.dtype) -> None:
+    cases.check_add(kernels, rows, n, dtype)
 
 
 def test_embedding(kernels: Any) -> None:
@@ -97,8 +168,8 @@ def test_a_longer_head_is_refused(kernels: Any) -> None:
     if kernels.name != "native":
         pytest.skip("takes any")
     batch = cases.step_of([(0, 0)], torch.zeros(1, 1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="head_dim above 512"):
-        kernels.attention(torch.zeros(1, 1, 514).bfloat16(), cases.new_cache(1, 1, 514, torch.bfloat16), batch, 1, 0)
+    with pytest.raises(ValueError, match="head_dim above 576"):
+        kernels.attention(torch.zeros(1, 1, 578).bfloat16(), cases.new_cache(1, 1, 578, torch.bfloat16), batch, 1, 0)
 
 
 def test_zero_size_shards(kernels: Any) -> None:
@@ -149,6 +220,7 @@ def test_isa_that_the_cpu_lacks_is_refused() -> None:
         ("auto", "avx2", "fp32", "--isa avx2 needs the native kernels"),
         ("ipex", "avx2", "bf16", "--isa avx2 needs the native kernels, but --kernels ipex"),
         ("ipex", "auto", "fp32", "--kernels ipex cannot run fp32; expected .* bf16, int8, int4"),
+        ("ipex", "auto", "auto", "--kernels ipex cannot run auto; expected .* bf16, int8, int4"),
         ("ipex", "auto", "w8a8", "--kernels ipex cannot run w8a8"),
     ],
 )

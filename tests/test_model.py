@@ -13,17 +13,9 @@ from transformers import AutoModelForCausalLM
 from distinf import LLM, SamplingParams
 from distinf.comm import InputError
 from distinf.engine import Decoder, Sequence
-from distinf.models import families
 
 # fp32 sums of a few hundred terms, a few tens of times in a row: errors of single units grow to parts in 1e5.
 FP32_RTOL = 2e-5
-
-ROPE_SCALINGS = [
-    None,
-    {"rope_type": "linear", "factor": 4.0},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-     "original_max_position_embeddings": 64},
-]  # fmt: skip
 
 
 def logits_of(llm: LLM, prompt: list[int]) -> torch.Tensor:
@@ -34,35 +26,6 @@ def logits_of(llm: LLM, prompt: list[int]) -> torch.Tensor:
 
 def prompt_of(n: int, vocab: int = 199) -> list[int]:
     return [(37 * i + 11) % vocab for i in range(n)]
-
-
-@pytest.mark.parametrize("scaling", ROPE_SCALINGS, ids=["plain", "linear", "llama3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_fp32_logits_equal_transformers(make_llama: Callable[..., Path], scaling: dict | None, tied: bool) -> None:
-    path = make_llama(rope_scaling=scaling, tie_word_embeddings=tied)
-    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    llm = LLM(str(path), dtype="fp32")
-    for n in (1, 7, 65, 300):
-        expected = oracle(torch.tensor([prompt_of(n)])).logits[0, -1].detach()
-        scale = float(expected.abs().max())
-        torch.testing.assert_close(logits_of(llm, prompt_of(n)), expected, rtol=0, atol=FP32_RTOL * scale)
-
-
-def test_qwen2_biases(tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=199, max_position_embeddings=512, rope_theta=1e6, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path)
-    expected = model(torch.tensor([prompt_of(40)])).logits[0, -1].detach()
-    y = logits_of(LLM(str(tmp_path), dtype="fp32"), prompt_of(40))
-    torch.testing.assert_close(y, expected, rtol=0, atol=FP32_RTOL * float(expected.abs().max()))
 
 
 def test_native_bf16_logits_are_near_fp32(tiny_llama: Path) -> None:
@@ -193,7 +156,3 @@ def test_prompts_that_the_model_cannot_take(tiny_llama: Path) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             llm.generate([prompt], SamplingParams(max_new_tokens=13))
-
-
-def test_families_are_read_from_the_folder() -> None:
-    assert families() == ["llama", "qwen2"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import Finished, run
+from tests.conftest import REPO, Finished, run
 
 FAST = ("--num-layers", "2", "--rounds", "1")
 
@@ -29,6 +31,25 @@ def test_gemm_times_every_layer_of_a_shard_beside_torch() -> None:
         assert case["ratio"] == pytest.approx(case["torch_us"] / case["us"], abs=2e-3)
     assert result["busy_cores"].keys() == {"bf16", "torch"}
     assert 0 < result["ratio"]["bf16"]["many_rows_worst"] <= result["ratio"]["bf16"]["many_rows_geomean"]
+
+
+def test_load_reports_time_bytes_and_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    result = run(
+        [sys.executable, "perf/load.py", "--dir", str(tiny_llama), "--dtype", "int8", "--pack-cache", str(tmp_path)]
+    ).result
+    assert result["file_bytes"] == (tiny_llama / "model.safetensors").stat().st_size
+    assert result["second_load_s"] > 0 and result["load_s"] > 0 and result["peak_over_final_rss"] >= 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_load_makes_what_is_missing_and_wants_an_empty_cache(tmp_path: Path) -> None:
+    config = {**json.loads((REPO / "perf/models/lab-1b.json").read_text()), "num_hidden_layers": 1, "vocab_size": 64}
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    (tmp_path / "small.json").write_text(json.dumps({**config, **small}))
+    flags = [sys.executable, "perf/load.py", "--dir", str(tmp_path / "made"), "--config", str(tmp_path / "small.json")]
+    done = run([*flags, "--pack-cache", str(tmp_path)])
+    assert done.status == 2 and "expected a directory without entries" in done.stderr
+    assert (tmp_path / "made/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

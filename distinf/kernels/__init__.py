@@ -6,16 +6,19 @@ is `act_dtype`. Trailing `_` means in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from distinf.kernels import ipex, native
-from distinf.kernels.formats import Format
+from distinf.kernels.formats import Format, Numbers
 from distinf.kernels.ranks import Ranks
 from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.routing import Router, Routes
+
+ACTS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 class PackedWeight(Protocol):
@@ -27,6 +30,19 @@ class PackedWeight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that one pass over the weight reads."""
+
+
+class Packer(Protocol):
+    """A weight on its way from rows to packed."""
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        """Rows [m, k] from `row` on: fp32 or bf16, which are quantised as the format says, or ready numbers.
+
+        `row` is a multiple of 32, and so is m unless these are the last rows. Threads may add different rows.
+        """
+
+    def weight(self) -> Any:
+        """The PackedWeight, once every row was added."""
 
 
 class Step(Protocol):
@@ -60,6 +76,9 @@ class Kernels(Protocol):
     def thread_ids(self) -> list[int]:
         """The kernel's ids of the threads that compute, the caller's first; only that one where torch has them."""
 
+    def packer(self, n: int, k: int, form: Format) -> Packer:
+        """Memory for an [n, k] weight, to be filled by rows; n or k may be 0."""
+
     def pack(self, weight: torch.Tensor, form: Format) -> Any:
         """[n, k] fp32 or bf16, rows may be strided -> PackedWeight, quantised as `form` says; n or k may be 0."""
 
@@ -77,12 +96,33 @@ class Kernels(Protocol):
     def settle(self, y: Any) -> torch.Tensor:
         """What partial_linear returned, as a tensor: fp32 [T, n], the same bits on every rank."""
 
+    def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """y fp32 [T, n] summed over `ranks`, in place; returns it, the same bits on every rank."""
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: Any = None) -> torch.Tensor:
         """x fp32 [T, hidden] += add_ (when given), then x / sqrt(mean(x^2) + eps) * weight: act_dtype.
 
         add_ is fp32 [T, hidden] or what partial_linear gave; weight is fp32 [hidden]. Zhang and Sennrich, arXiv
         1910.07467.
         """
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: Any = None
+    ) -> torch.Tensor:
+        """x fp32 [T, hidden] += add_ (as in rms_norm), then its layer norm in act_dtype.
+
+        (x - mean) / sqrt(variance + eps) * weight + bias, with mean and variance of the row; weight and bias are fp32
+        [hidden]. Ba et al., arXiv 1607.06450.
+        """
+
+    def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        """rms_norm of each vector of x [T, heads, head_dim] act_dtype (rows may be strided), in place.
+
+        weight is fp32 [head_dim].
+        """
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x fp32 [T, n] += y, which is fp32 or act_dtype."""
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotate x [T, heads, head_dim] (rows may be strided) by cos, sin fp32 [T, half], in place.
@@ -98,19 +138,70 @@ class Kernels(Protocol):
         """
 
     def attention(
-        self, q: torch.Tensor, cache: Any, batch: Any, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: Any,
+        batch: Any,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
-        """Causal softmax(q k^T / sqrt(head_dim)) v over the cache: q [T, heads, head_dim] -> same shape.
+        """Causal softmax(scale q k^T) v over the cache: q [T, heads, head_dim] -> same shape.
 
         `group` query heads of the whole model share a KV head; local head h reads local KV head
-        (group_offset + h) // group. `window` > 0 limits a row to its last `window` positions.
+        (group_offset + h) // group. `window` > 0 limits a row to its last `window` positions. `scale` None is
+        1 / sqrt(head_dim). `softcap` c > 0 makes a score s c tanh(s / c) (Gemma 2, arXiv 2408.00118).
         """
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, 2 n] -> silu(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU)."""
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """x [T, n] -> an activation of it, [T, n]. `kind` is one of ACTS.
 
-    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """ids int32 [T], table [vocab, hidden] in act_dtype -> fp32 [T, hidden]."""
+        relu; silu, x / (1 + e^-x); gelu, x times the normal distribution's integral up to x; gelu_tanh, near it:
+        x / (1 + e^(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). Hendrycks and Gimpel, arXiv 1606.08415.
+        """
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """x [T, 2 n] -> act(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU and its kin)."""
+
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, heads, k] act_dtype, each head times its part [n, k] of weight [heads * n, k] -> [T, heads, n].
+
+        n is a multiple of 32; x may be strided in rows and heads. `tail` [T, heads, m] is put behind the result, which
+        then is [T, heads, n + m].
+        """
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
+        """logits fp32 [T, experts] -> each token's experts and their weights, and the order of the grouped rows.
+
+        `bias` fp32 [experts] is added to the scores for the choice, not for the weights.
+        """
+
+    def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        """x [T, n] act_dtype -> grouped rows [T * top_k, n]: each token once for each of its experts."""
+
+    def expert_linear(
+        self, x: torch.Tensor, weights: Sequence[Any], routes: Routes, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Grouped rows x [R, k], each times its expert's weight [n, k]: [R, n] in out_dtype, as in linear.
+
+        An expert that nobody has chosen is not read.
+        """
+
+    def expert_sum(
+        self, y: torch.Tensor, routes: Routes, plus: torch.Tensor | None = None, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Grouped rows y fp32 [T * top_k, n] -> fp32 [T, n]: the weighted sum of each token's.
+
+        `plus` fp32 [T, n], of an expert that all tokens share, is added; times sigmoid(gate), fp32 [T, 1], if given.
+        """
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> None:
+        """x fp32 [T, n] becomes cap tanh(x / cap)."""
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """ids int32 [T], table [vocab, hidden] in act_dtype -> scale times its rows, fp32 [T, hidden]."""
 
     def record(self, forward: Callable[[], torch.Tensor]) -> Step:
         """Run `forward` once and keep its ops, with their buffers and the host's calls, as a Step.

@@ -17,8 +17,8 @@ class Batch:
     positions: torch.Tensor  # int32 [T]
     sequence: torch.Tensor  # int32 [T], index into block_table
     block_table: torch.Tensor  # int32 [B, max_blocks]: cache block of positions i * block_size ...
-    cos: torch.Tensor  # fp32 [T, rope_dim / 2]
-    sin: torch.Tensor  # fp32 [T, rope_dim / 2]
+    cos: torch.Tensor  # fp32 [ropes, T, rope_dim / 2]: a model may turn its layers by more than one rope, or none
+    sin: torch.Tensor  # fp32 [ropes, T, rope_dim / 2]
 
 
 @dataclass(frozen=True)

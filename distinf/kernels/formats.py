@@ -16,6 +16,19 @@ class Format:
     digits: int = 0  # int8 digits of an activation: 1 is 8 bits, 2 are 15, finer than the bf16 it came from
     group: int = 0  # input features that share a scale; 0: all
     zero_points: bool = False  # an offset of its own for each scale; else zero is the middle of the grid
+    scales: torch.dtype = torch.bfloat16  # of scales and offsets; another one only where a checkpoint brings its own
+
+    @property
+    def middle(self) -> int:
+        """The number that stands for zero where there are no offsets."""
+        return 1 << (self.bits - 1)
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of an [n, k] weight with its scales and offsets, the padding of the last panel left out."""
+        if self.bits >= 16:
+            return n * k * self.bits // 8
+        groups = k // self.group if self.group else 1
+        return n * (k * self.bits // 8 + groups * self.scales.itemsize * (1 + self.zero_points))
 
     def check_k(self, name: str, columns: range) -> None:
         """Raises ValueError when this rank's input features of a weight do not start and end on whole groups."""
@@ -49,6 +62,44 @@ def parse_format(dtype: str, group_size: int | None, zero_points: bool) -> Forma
     return replace(known, group=known.group if group_size is None else group_size, zero_points=zero_points)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Rows of a weight [n, k] as a checkpoint has quantised them, for a Format with the same grid.
+
+    A weight is scale * (number - middle), or with offsets scale * number + offset. The format's scale dtype holds
+    scales and offsets without rounding.
+    """
+
+    number: torch.Tensor  # uint8 [n, k]
+    scale: torch.Tensor  # fp32 [n, groups]
+    offset: torch.Tensor | None = None  # fp32 [n, groups]
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def dequantised(self, form: Format) -> torch.Tensor:
+        """fp32 [n, k]."""
+        if not self.number.numel():
+            return self.number.float()
+        groups = self.number.float().unflatten(1, (self.scale.shape[1], -1))
+        scale = self.scale[..., None]
+        values = (groups - form.middle) * scale if self.offset is None else groups * scale + self.offset[..., None]
+        flat: torch.Tensor = values.flatten(1)
+        return flat
+
+
+def stacked(parts: list[Numbers]) -> Numbers:
+    """The rows of several, one below the other; all with offsets or none."""
+    if len(parts) == 1:
+        return parts[0]
+    offsets = [p.offset for p in parts if p.offset is not None]
+    return Numbers(
+        torch.cat([p.number for p in parts]),
+        torch.cat([p.scale for p in parts]),
+        torch.cat(offsets) if offsets else None,
+    )
+
+
 def quantised(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[n, k] -> numbers [n, groups, group size] from 0 up, scales and offsets [n, groups, 1], all fp32.
 
@@ -62,7 +113,7 @@ def quantised(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.T
         steps = (groups - offset) * torch.where(scale != 0, 1 / scale, 0)
         return steps.round().clamp(0, last), scale, offset
     low, high = low.clamp(max=0), high.clamp(min=0)
-    middle = 2.0 ** (form.bits - 1)
+    middle = form.middle
     if form.bits == 8:  # 255 of 256 steps, as many above zero as below
         scale, first = (torch.maximum(high, -low) / 127).bfloat16().float(), 1
     else:  # the larger side gets the extra step, by the sign of the scale

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import Format, quantised
-from distinf.kernels.reference import ReferenceKernels
+from distinf.kernels.formats import Format, Numbers, quantised
+from distinf.kernels.reference import ReferenceKernels, RowPacker
 from distinf.stdio import stdout_to_stderr
 
 PACKAGE = "intel-extension-for-pytorch"
@@ -57,6 +57,20 @@ class IpexWeight:
         return self.n * self.k * self.form.bits // 8
 
 
+@dataclass(frozen=True)
+class _WholePacker(RowPacker):
+    """Keeps the rows until all are there: the package packs a weight as a whole, and quantises none by itself."""
+
+    kernels: IpexKernels
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        assert not isinstance(rows, Numbers), "--dtype auto is refused"
+        self.data[row : row + len(rows)] = rows
+
+    def weight(self) -> Any:
+        return self.kernels.pack(self.data, self.form)
+
+
 class IpexKernels(ReferenceKernels):
     """See distinf.kernels.Kernels for shapes. Overridden are the ops that the package has kernels for.
 
@@ -84,6 +98,10 @@ class IpexKernels(ReferenceKernels):
         self._ops, self._prepack = ops.torch_ipex, ops.ipex_prepack
         self._none = torch.empty(0)
         self._first_row = torch.tensor(0)
+
+    def packer(self, n: int, k: int, form: Format) -> Any:
+        check_dtype(form.name)
+        return _WholePacker(torch.empty(n, k, dtype=torch.bfloat16), form, self)
 
     def pack(self, weight: torch.Tensor, form: Format) -> Any:
         n, k = weight.shape
@@ -123,6 +141,13 @@ class IpexKernels(ReferenceKernels):
             y = self._ops.ipex_woq_linear(x.contiguous(), weight.context.get_data_handle())
         return (y if bias is None else y + bias).to(out_dtype or self.act_dtype)
 
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        # Its weights cannot be cut: each head is multiplied by all of them.
+        n = weight.n // x.shape[1]
+        heads = [self.linear(x[:, i], weight)[:, i * n : (i + 1) * n] for i in range(x.shape[1])]
+        y = torch.stack(heads, 1)
+        return y if tail is None else torch.cat((y, tail), 2)
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -148,18 +173,26 @@ class IpexKernels(ReferenceKernels):
         self._ops.reshape_and_cache(k, v, cache.k, cache.v, slot, "auto", 1.0, 1.0)
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
         # Its kernel for several rows takes a window of one for none at all.
-        if cache.k_scale is not None or window == 1:
-            return super().attention(q, cache, batch, group, group_offset, window)
+        if cache.k_scale is not None or window == 1 or softcap:
+            return super().attention(q, cache, batch, group, group_offset, window, scale, softcap)
         out = torch.empty(q.shape, dtype=self.act_dtype)
         sequences, rows = batch.sequence.unique_consecutive(return_counts=True)
         table = batch.block_table[sequences]
         last = rows.cumsum(0)
         lengths = batch.positions[last - 1] + 1
         longest, most_rows = int(lengths.max()), int(rows.max())
-        scale = 1 / math.sqrt(q.shape[2])
+        scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
         starts, key_starts = (torch.cat((self._first_row[None], x.cumsum(0))).int() for x in (rows, lengths))
         for heads, kv_heads in whole_groups(q.shape[1], group, group_offset):
             k, v = cache.k[:, kv_heads], cache.v[:, kv_heads]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import Format
+from distinf.kernels.formats import Format, Numbers
 from distinf.kernels.ranks import Ranks
+from distinf.kernels.routing import Router, Routes
 
 try:
     from distinf.kernels import _native
@@ -25,6 +29,8 @@ except ImportError as error:  # a source tree that was never built
 
 BF16 = torch.bfloat16
 FP32 = torch.float32
+
+_SCALES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # Largest first; "avx512" on the command line means the better of its two forms.
 _LEVELS = ("amx", "avx512_bf16", "avx512", "avx2")
@@ -50,6 +56,11 @@ def cpu_name() -> str:
     return "unknown" if _MISSING else _native.cpu_name()
 
 
+def build_id() -> str:
+    """Differs for builds of the extension that may pack in different ways."""
+    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
+
+
 def resolve_isa(isa: str) -> str:
     """`--isa` to a level of this CPU. Raises ValueError when the CPU or the operating system lacks it."""
     if _MISSING:
@@ -73,6 +84,48 @@ class NativeWeight:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes if self.packed else 0
+
+    def memory(self) -> memoryview:
+        """The packed bytes themselves, writable; valid as long as the kernels live."""
+        if self.packed is None:
+            return memoryview(b"")
+        return memoryview((ctypes.c_char * self.nbytes).from_address(self.packed.address)).cast("B")
+
+
+class NativePacker:
+    """See distinf.kernels.Packer."""
+
+    def __init__(self, rt: _native.Runtime, n: int, k: int, form: Format) -> None:
+        assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
+        assert not form.group or k % form.group == 0, (k, form)
+        self._form = form
+        how = form.bits, form.digits, form.group, form.zero_points, getattr(_native.ScaleType, _SCALES[form.scales])
+        self._weight = NativeWeight(n, k, rt.new_weight(n, k, *how) if n and k else None)
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        to = self._weight
+        assert row % 32 == 0 and row + len(rows) <= to.n, (row, len(rows), to)
+        if to.packed is None or not len(rows):
+            return
+        if isinstance(rows, Numbers):
+            self._add_numbers(to.packed, row, rows)
+            return
+        assert rows.dtype in (BF16, FP32) and rows.stride(1) == 1 and rows.shape[1] == to.k, (rows.shape, rows.dtype)
+        assert self._form.scales == BF16, "scales of another dtype are a checkpoint's own"
+        to.packed.pack_rows(row, len(rows), rows.data_ptr(), rows.stride(0), rows.dtype == FP32)
+
+    def _add_numbers(self, to: _native.Weight, row: int, rows: Numbers) -> None:
+        number, form = rows.number, self._form
+        assert number.dtype == torch.uint8 and number.stride(1) == 1 and number.shape[1] == to.k, number.shape
+        assert (rows.offset is not None) == form.zero_points, form
+        scale = rows.scale.to(form.scales).contiguous()
+        offset = rows.offset.to(form.scales).contiguous() if rows.offset is not None else None
+        assert scale.shape == (len(rows), to.k // (form.group or to.k)), scale.shape
+        addresses = scale.data_ptr(), offset.data_ptr() if offset is not None else 0
+        to.pack_integers(row, len(rows), number.data_ptr(), number.stride(0), *addresses)
+
+    def weight(self) -> NativeWeight:
+        return self._weight
 
 
 @dataclass(frozen=True)
@@ -145,16 +198,14 @@ class NativeKernels:
             self._recording.buffers.append(out)
         return out
 
+    def packer(self, n: int, k: int, form: Format) -> NativePacker:
+        return NativePacker(self._rt, n, k, form)
+
     def pack(self, weight: torch.Tensor, form: Format) -> NativeWeight:
         n, k = weight.shape
-        assert weight.dtype in (BF16, FP32) and (weight.stride(1) == 1 or not weight.numel()), weight.stride()
-        assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
-        assert not form.group or k % form.group == 0, (k, form)
-        if not (n and k):
-            return NativeWeight(n, k, None)
-        fp32 = weight.dtype == FP32
-        how = form.bits, form.digits, form.group, form.zero_points
-        return NativeWeight(n, k, self._rt.pack(weight.data_ptr(), weight.stride(0), fp32, n, k, *how))
+        packer = self.packer(n, k, form)
+        packer.add(0, weight)
+        return packer.weight()
 
     def linear(
         self,
@@ -189,7 +240,9 @@ class NativeKernels:
         if fits and bias is None:
             self._rt.partial_zeros(rows * n, ranks.native)
             return PartialSum(rows, n, ranks.native)
-        y = self.linear(x, weight, bias, FP32)
+        return self.all_reduce_(self.linear(x, weight, bias, FP32), ranks)
+
+    def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         if ranks.native is not None:
             self._rt.all_reduce(ranks.native, y.data_ptr(), y.numel())
         elif ranks.world_size > 1:
@@ -217,6 +270,39 @@ class NativeKernels:
             self._rt.rms_norm(x.data_ptr(), _address(add_), *rest)
         return out
 
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        eps: float,
+        add_: torch.Tensor | PartialSum | None = None,
+    ) -> torch.Tensor:
+        assert x.dtype == weight.dtype == bias.dtype == FP32 and x.is_contiguous()
+        assert weight.shape == bias.shape == x.shape[1:]
+        add_ = None if add_ is None else self.settle(add_)
+        assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
+        out = self._new(*x.shape)
+        rows, n = x.shape
+        vectors = weight.data_ptr(), bias.data_ptr()
+        self._rt.layer_norm(x.data_ptr(), _address(add_), *vectors, out.data_ptr(), rows, n, eps)
+        return out
+
+    def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        rows, heads, head_dim = x.shape
+        assert x.dtype == BF16 and _heads_adjacent(x) and weight.dtype == FP32 and weight.shape == (head_dim,)
+        self._rt.head_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), rows, heads, head_dim, eps)
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        assert (
+            x.dtype == FP32
+            and y.dtype in (BF16, FP32)
+            and x.shape == y.shape
+            and x.is_contiguous()
+            and y.is_contiguous()
+        )
+        self._rt.add_rows(x.data_ptr(), y.data_ptr(), y.dtype == FP32, x.numel())
+
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         rows, heads, head_dim = x.shape
         half = cos.shape[1]
@@ -230,7 +316,15 @@ class NativeKernels:
         self._rt.kv_append(k.data_ptr(), v.data_ptr(), k.stride(0), _cache_args(cache), _batch_args(batch))
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
         rows, heads, head_dim = q.shape
         assert q.dtype == BF16 and _heads_adjacent(q) and head_dim == cache.k.shape[3]
@@ -238,21 +332,101 @@ class NativeKernels:
         out = self._new(rows, heads, head_dim)
         self._rt.attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), heads, group, group_offset, window,
-            1 / math.sqrt(head_dim), _cache_args(cache), _batch_args(batch),
+            1 / math.sqrt(head_dim) if scale is None else scale, softcap, _cache_args(cache), _batch_args(batch),
         )  # fmt: skip
         return out
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        rows, n = x.shape[0], x.shape[1] // 2
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return self._act(x, kind, x.shape[1], gated=False)
+
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return self._act(x, kind, x.shape[1] // 2, gated=True)
+
+    def _act(self, x: torch.Tensor, kind: str, n: int, gated: bool) -> torch.Tensor:
         assert x.dtype == BF16 and x.is_contiguous()
-        out = self._new(rows, n)
-        self._rt.silu_mul(x.data_ptr(), out.data_ptr(), rows, n)
+        out = self._new(len(x), n)
+        self._rt.act(getattr(_native.Act, kind), x.data_ptr(), out.data_ptr(), len(x), n, gated)
         return out
 
-    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def head_linear(self, x: torch.Tensor, weight: NativeWeight, tail: torch.Tensor | None = None) -> torch.Tensor:
+        rows, heads, k = x.shape
+        assert x.dtype == BF16 and x.stride(2) == 1 and weight.packed and weight.k == k and weight.n % heads == 0
+        assert tail is None or (tail.dtype == BF16 and tail.shape[:2] == x.shape[:2] and _heads_adjacent(tail))
+        n, tail_n = weight.n // heads, 0 if tail is None else tail.shape[2]
+        out = self._new(rows, heads, n + tail_n)
+        self._rt.head_linear(
+            x.data_ptr(), x.stride(0), x.stride(1), weight.packed, heads,
+            _address(tail), 0 if tail is None else tail.stride(0), tail_n, out.data_ptr(), rows,
+        )  # fmt: skip
+        return out
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
+        rows, experts = logits.shape
+        assert logits.dtype == FP32 and logits.is_contiguous() and experts % router.groups == 0
+        assert bias is None or (bias.dtype == FP32 and bias.shape == (experts,))
+        chosen = rows, router.top_k
+        ids, place, starts = (self._new(*s, dtype=torch.int32) for s in (chosen, chosen, (experts + 1,)))
+        routes = Routes(ids, self._new(*chosen, dtype=FP32), place, starts)
+        self._rt.route(
+            logits.data_ptr(), _address(bias), rows, experts, router.top_k, router.sigmoid, router.normalise,
+            router.scale, router.groups, router.top_groups, router.group_best,
+            *(x.data_ptr() for x in (routes.ids, routes.weights, routes.place, routes.starts)),
+        )  # fmt: skip
+        return routes
+
+    def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        assert x.dtype == BF16 and x.is_contiguous()
+        rows, top_k = routes.place.shape
+        out = self._new(rows * top_k, x.shape[1])
+        self._rt.expert_rows(x.data_ptr(), routes.place.data_ptr(), rows, top_k, 2 * x.shape[1], out.data_ptr())
+        return out
+
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[NativeWeight],
+        routes: Routes,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        n, dtype = weights[0].n, out_dtype or BF16
+        assert x.dtype == BF16 and x.is_contiguous() and x.shape[1] == weights[0].k
+        out = self._new(len(x), n, dtype=dtype)
+        packed = [w.packed for w in weights if w.packed]
+        if packed:
+            assert len(packed) == len(weights) == len(routes.starts) - 1
+            self._rt.expert_linear(
+                x.data_ptr(), packed, routes.starts.data_ptr(), out.data_ptr(), dtype == FP32, len(x)
+            )
+        elif n:  # an empty shard adds nothing
+            self.host_call(torch.Tensor.zero_, out)
+        return out
+
+    def expert_sum(
+        self,
+        y: torch.Tensor,
+        routes: Routes,
+        plus: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows, top_k = routes.place.shape
+        assert y.dtype == FP32 and y.is_contiguous() and len(y) == rows * top_k
+        assert plus is None or (plus.dtype == FP32 and plus.shape == (rows, y.shape[1]) and plus.is_contiguous())
+        assert gate is None or (gate.dtype == FP32 and gate.shape == (rows, 1))
+        out = self._new(rows, y.shape[1], dtype=FP32)
+        self._rt.expert_sum(
+            y.data_ptr(), routes.weights.data_ptr(), routes.place.data_ptr(), _address(plus), _address(gate),
+            rows, top_k, y.shape[1], out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> None:
+        assert x.dtype == FP32 and x.is_contiguous()
+        self._rt.softcap(x.data_ptr(), x.numel(), cap)
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         assert ids.dtype == torch.int32 and table.dtype == BF16 and table.is_contiguous()
         out = self._new(len(ids), table.shape[1], dtype=FP32)
-        self._rt.embedding(ids.data_ptr(), table.data_ptr(), out.data_ptr(), *out.shape)
+        self._rt.embedding(ids.data_ptr(), table.data_ptr(), scale, out.data_ptr(), *out.shape)
         return out
 
     def read_probe(self) -> Any:

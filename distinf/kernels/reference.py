@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from distinf.kernels.batch import Batch, LayerCache
-from distinf.kernels.formats import Format, quantise, quantise_activations
+from distinf.kernels.formats import Format, Numbers, quantise, quantise_activations
 from distinf.kernels.ranks import Ranks
+from distinf.kernels.routing import Router, Routes
+
+_ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,24 @@ class ReferenceWeight:
         return self.n * self.k * self.form.bits // 8
 
 
+@dataclass(frozen=True)
+class RowPacker:
+    """See distinf.kernels.Packer."""
+
+    data: torch.Tensor
+    form: Format
+
+    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+        if isinstance(rows, Numbers):
+            rows = rows.dequantised(self.form)
+        elif self.form.bits < 16 and rows.numel():
+            rows = quantise(rows, self.form)
+        self.data[row : row + len(rows)] = rows
+
+    def weight(self) -> ReferenceWeight:
+        return ReferenceWeight(self.data, self.form)
+
+
 class ReferenceKernels:
     """See distinf.kernels.Kernels for shapes. Computes in fp32 and rounds each result once to its dtype."""
 
@@ -51,10 +77,14 @@ class ReferenceKernels:
     def thread_ids(self) -> list[int]:
         return [threading.get_native_id()]  # torch starts the others when it needs them
 
+    def packer(self, n: int, k: int, form: Format) -> RowPacker:
+        return RowPacker(torch.empty(n, k, dtype=torch.float32 if form.bits < 16 else self.act_dtype), form)
+
     def pack(self, weight: torch.Tensor, form: Format) -> ReferenceWeight:
-        if form.bits < 16 and weight.numel():
-            return ReferenceWeight(quantise(weight, form), form)
-        return ReferenceWeight(weight.to(self.act_dtype, copy=True).contiguous(), form)
+        n, k = weight.shape
+        packer = self.packer(n, k, form)
+        packer.add(0, weight)
+        return packer.weight()
 
     def linear(
         self,
@@ -68,7 +98,9 @@ class ReferenceKernels:
         return F.linear(x, weight.data.float(), bias).to(out_dtype or self.act_dtype)
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
-        y = self.linear(x, weight, bias, torch.float32)
+        return self.all_reduce_(self.linear(x, weight, bias, torch.float32), ranks)
+
+    def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         ranks.all_reduce_(y)
         return y
 
@@ -81,6 +113,20 @@ class ReferenceKernels:
         if add_ is not None:
             x += add_
         return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).to(self.act_dtype)
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if add_ is not None:
+            x += add_
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps).to(self.act_dtype)
+
+    def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        y = x.float()
+        x.copy_(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight)
+
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        x += y
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         half = cos.shape[1]
@@ -99,8 +145,17 @@ class ReferenceKernels:
                 stored[place], scales[place] = _quantise(x)
 
     def attention(
-        self, q: torch.Tensor, cache: LayerCache, batch: Batch, group: int, group_offset: int, window: int = 0
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        batch: Batch,
+        group: int,
+        group_offset: int,
+        window: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> torch.Tensor:
+        scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
         kv_head = (group_offset + torch.arange(q.shape[1])) // group
         out = torch.empty(q.shape, dtype=self.act_dtype)
         for sequence in batch.sequence.unique():
@@ -112,17 +167,75 @@ class ReferenceKernels:
             v = _gather(cache.v, cache.v_scale, blocks, length)[kv_head]
             distance = position[:, None] - torch.arange(length)  # [rows, length]
             hidden = (distance < 0) | ((distance >= window) if window else False)
-            scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) / math.sqrt(q.shape[2])
+            scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) * scale
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
             probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
             out[rows] = (probs @ v).transpose(0, 1).to(self.act_dtype)
         return out
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.float().chunk(2, dim=-1)
-        return (F.silu(gate) * up).to(self.act_dtype)
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return _ACTS[kind](x.float()).to(self.act_dtype)
 
-    def embedding(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return table[ids].float()
+    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (_ACTS[kind](gate) * up).to(self.act_dtype)
+
+    def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
+        parts = weight.data.unflatten(0, (x.shape[1], -1))
+        heads = [self.linear(x[:, i], ReferenceWeight(part, weight.form)) for i, part in enumerate(parts)]
+        y = torch.stack(heads, 1)
+        return y if tail is None else torch.cat((y, tail), 2)
+
+    def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
+        scores = logits.sigmoid() if router.sigmoid else logits.softmax(-1)
+        choice = scores if bias is None else scores + bias
+        if router.groups > 1:
+            groups = choice.unflatten(1, (router.groups, -1))
+            best = groups.topk(router.group_best, -1).values.sum(-1).topk(router.top_groups, -1).indices
+            kept = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+            choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(1)
+        ids = choice.topk(router.top_k, -1).indices
+        weights = scores.gather(1, ids)
+        if router.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        place = torch.empty_like(ids).view(-1)
+        place[ids.view(-1).argsort(stable=True)] = torch.arange(ids.numel())
+        starts = torch.searchsorted(ids.view(-1).sort().values, torch.arange(logits.shape[1] + 1))
+        return Routes(ids.int(), weights * router.scale, place.view_as(ids).int(), starts.int())
+
+    def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
+        rows = torch.empty(routes.place.numel(), x.shape[1], dtype=x.dtype)
+        rows[routes.place.view(-1)] = x.repeat_interleave(routes.place.shape[1], 0)
+        return rows
+
+    def expert_linear(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[Any],
+        routes: Routes,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        spans = zip(weights, routes.starts[:-1], routes.starts[1:], strict=True)
+        return torch.cat([self.linear(x[a:b], weight, None, out_dtype) for weight, a, b in spans if a < b])
+
+    def expert_sum(
+        self,
+        y: torch.Tensor,
+        routes: Routes,
+        plus: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        total = (y[routes.place] * routes.weights[..., None]).sum(1)
+        if plus is None:
+            return total
+        return total + (plus if gate is None else gate.sigmoid() * plus)
+
+    def softcap_(self, x: torch.Tensor, cap: float) -> None:
+        x.copy_(cap * (x / cap).tanh())
+
+    def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return table[ids].float() * scale
 
     def record(self, forward: Callable[[], torch.Tensor]) -> EagerStep:
         return EagerStep(forward, forward())

@@ -17,7 +17,8 @@ from distinf.kv_cache import KVCache
 from distinf.models.params import Param, Weights
 from distinf.shard import Shard
 
-_NOT_FAMILIES = {"params", "rope"}
+# What families are made of.
+_NOT_FAMILIES = {"blocks", "decoder", "fields", "moe", "params", "rope"}
 
 
 class Model(Protocol):
@@ -26,8 +27,13 @@ class Model(Protocol):
     config: ModelConfig
     shard: Shard
 
-    def batch(self, positions: torch.Tensor, sequence: torch.Tensor, block_table: torch.Tensor) -> Batch:
-        """Describe a step: int32 [T], int32 [T], int32 [B, max_blocks]; adds the rotary angles."""
+    def batch(
+        self, positions: torch.Tensor, sequence: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor
+    ) -> Batch:
+        """Describe a step: int32 [T], int32 [T], int32 [B, max_blocks]; adds the rotary angles.
+
+        `lengths` int32 [T]: tokens of each row's sequence that are known so far, which some angles depend on.
+        """
 
     def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor | None) -> torch.Tensor:
         """ids int32 [T] -> fp32 logits [len(last), vocab_local] of the rows `last` (int64), or of all (None)."""

@@ -2,183 +2,187 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
-
-import torch
 
 from distinf.comm import Group
 from distinf.config import ModelConfig, RopeConfig
 from distinf.kernels import Kernels
-from distinf.kernels.batch import Batch, LayerCache
-from distinf.kv_cache import KVCache
-from distinf.layers import MLP, Attention, ColumnParallelLinear, RMSNorm, RowParallelLinear
-from distinf.models.params import Param, Source, Weights
-from distinf.models.rope import inverse_frequencies, rotations
+from distinf.models.blocks import PreNormBlock
+from distinf.models.decoder import Decoder, Parts
+from distinf.models.fields import Fields, read_config
+from distinf.models.params import Param, Source, Weights, vector
+from distinf.models.rope import Rotary, scaling_kind
 from distinf.shard import Shard
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """See distinf.models.Family."""
-    try:
-        hidden, n_heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
-        head_dim = int(hf.get("head_dim") or hidden // n_heads)
-        if hf.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config: hidden_act {hf['hidden_act']!r} is not supported; expected 'silu'")
-        return ModelConfig(
-            model_type=str(hf["model_type"]),
-            hidden=hidden,
-            ffn=int(hf["intermediate_size"]),
-            n_layers=int(hf["num_hidden_layers"]),
-            n_heads=n_heads,
-            n_kv_heads=int(hf.get("num_key_value_heads") or n_heads),
-            head_dim=head_dim,
-            vocab=int(hf["vocab_size"]),
-            max_positions=int(hf["max_position_embeddings"]),
-            norm_eps=float(hf["rms_norm_eps"]),
-            rope=rope_from_hf(hf, head_dim),
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=bool(hf.get("attention_bias", False)),
-            o_bias=bool(hf.get("attention_bias", False)),
-            mlp_bias=bool(hf.get("mlp_bias", False)),
-            eos_ids=eos_ids(hf),
-        )
-    except KeyError as error:
-        raise ValueError(f"config: {error.args[0]!r} is missing") from None
+
+    def read(fields: Fields) -> ModelConfig:
+        bias = fields.flag("attention_bias")
+        return llama_config(fields, qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+
+    return read_config(hf, read)
 
 
-def rope_from_hf(hf: Mapping[str, Any], head_dim: int) -> RopeConfig:
+def llama_config(fields: Fields, tied: bool = False, **more: Any) -> ModelConfig:
+    """The entries that this family and its kin have in common; `more` are fields of ModelConfig.
+
+    `tied`: whether the head is the embedding where config.json does not say.
+    """
+    hidden, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", default=hidden // n_heads)
+    rope = more.pop("rope", None) or rope_config(fields, head_dim)
+    return ModelConfig(
+        **{
+            "model_type": fields.get("model_type"),
+            "hidden": hidden,
+            "ffn": more.get("ffn") or fields.integer("intermediate_size"),
+            "n_layers": fields.integer("num_hidden_layers"),
+            "n_heads": n_heads,
+            "n_kv_heads": fields.integer("num_key_value_heads", default=n_heads),
+            "head_dim": head_dim,
+            "vocab": fields.integer("vocab_size"),
+            "max_positions": context_length(rope),
+            "norm_eps": more.get("norm_eps") or fields.number("rms_norm_eps"),
+            "rope": rope,
+            "tie_embeddings": fields.flag("tie_word_embeddings", tied),
+            "eos_ids": fields.eos_ids(),
+            "act": fields.activation("hidden_act"),
+            **more,
+        }
+    )
+
+
+def rope_config(
+    fields: Fields, head_dim: int, rotary_factor: float = 1.0, theta: float = 0.0, max_positions: int | None = None
+) -> RopeConfig:
     """Rotary settings: `rope_theta` and `rope_scaling`, or the newer `rope_parameters` that holds both.
+
+    `rotary_factor` (the rotated part of a head), `theta` and `max_positions` count where config.json does not say.
+    """
+    scaling = dict(fields.get("rope_parameters", "rope_scaling", default={}))
+    theta = fields.number("rope_theta", "rotary_emb_base", default=theta)
+    factor = fields.number("partial_rotary_factor", "rotary_pct", default=rotary_factor)
+    # Phi-3 keeps this entry beside the scaling that it belongs to.
+    original = fields.integer("original_max_position_embeddings", default=0)
+    if original and scaling:
+        scaling.setdefault("original_max_position_embeddings", original)
+    otherwise = {} if max_positions is None else {"default": max_positions}
+    return rope_of(scaling, theta, factor, head_dim, fields.integer("max_position_embeddings", **otherwise))
+
+
+def rope_of(scaling: dict[str, Any], theta: float, factor: float, head_dim: int, max_positions: int) -> RopeConfig:
+    """A scaling entry, which may hold the base frequency and the rotated part of a head itself.
 
     Raises ValueError when no base frequency is given: a guessed one gives wrong text without an error.
     """
-    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or hf.get("rope_theta")
-    if theta is None:
+    theta = float(scaling.pop("rope_theta", None) or theta)
+    if not theta:
         raise ValueError("config: 'rope_theta' is missing")
-    rope = RopeConfig(theta=float(theta), dim=head_dim, scaling=scaling or None)
-    inverse_frequencies(rope)  # an unknown scaling is refused here, before anything is loaded
+    rotated = int(head_dim * float(scaling.pop("partial_rotary_factor", None) or factor))
+    rope = RopeConfig(theta, rotated, scaling or None, max_positions)
+    Rotary(rope)  # an unknown scaling is refused here, before anything is loaded
     return rope
 
 
-def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids: config.json has none, one or a list."""
-    value = hf.get("eos_token_id")
-    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+def context_length(rope: RopeConfig) -> int:
+    """Positions that the rope reaches: with the dynamic scaling config.json has the length of the training."""
+    stretch = float((rope.scaling or {})["factor"]) if scaling_kind(rope) == "dynamic" else 1.0
+    return int(rope.max_positions * stretch)
+
+
+def windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int, ...]:
+    """Each layer's sliding window: `layer_types` names the layers that have one, else `has_window` tells."""
+    window = fields.integer("sliding_window", "sliding_window_size", default=0)
+    n_layers = fields.integer("num_hidden_layers")
+    kinds = ("full_attention", "sliding_attention")
+    types = fields.get("layer_types", default=[kinds[has_window(i)] for i in range(n_layers)])[:n_layers]
+    if unknown := [t for t in types if t not in kinds]:
+        raise ValueError(f"config: layer_types {unknown[0]!r} is not supported; expected {' or '.join(kinds)}")
+    if len(types) < n_layers:
+        raise ValueError(f"config: layer_types has {len(types)} entries for {n_layers} layers")
+    return tuple(window if t == "sliding_attention" else 0 for t in types)
 
 
 def params(config: ModelConfig) -> list[Param]:
     """See distinf.models.Family."""
-    embed = (config.vocab, config.hidden)
-    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    table = [
-        Param("embed", "table", (Source("model.embed_tokens.weight", embed),)),
-        Param("norm", "vector", (Source("model.norm.weight", (config.hidden,)),)),
-        Param("head", "linear", (Source(head, embed, "vocab"),)),
-    ]
+    table = outer_params(config)
     for i in range(config.n_layers):
-        table += layer_params(f"model.layers.{i}.", f"layers.{i}.", config)
+        source, name = f"model.layers.{i}.", f"layers.{i}."
+        table += norm_params(source, name, config)
+        table += attention_params(source + "self_attn.", name, config)
+        table += mlp_params(source + "mlp.", name, config)
     return table
 
 
-def layer_params(source: str, name: str, config: ModelConfig) -> list[Param]:
-    """One layer's rows of the split table; `source` and `name` are prefixes."""
-    hidden, ffn = config.hidden, config.ffn
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    attn, mlp = source + "self_attn.", source + "mlp."
-    qkv = (
-        Source(attn + "q_proj.weight", (q, hidden), "q_heads"),
-        Source(attn + "k_proj.weight", (kv, hidden), "kv_heads"),
-        Source(attn + "v_proj.weight", (kv, hidden), "kv_heads"),
-    )
-    gate_up = (
-        Source(mlp + "gate_proj.weight", (ffn, hidden), "ffn"),
-        Source(mlp + "up_proj.weight", (ffn, hidden), "ffn"),
-    )
-    o, down = Source(attn + "o_proj.weight", (hidden, q)), Source(mlp + "down_proj.weight", (hidden, ffn))
+def norm_params(source: str, name: str, config: ModelConfig) -> list[Param]:
+    """The norms before attention and MLP; `source` and `name` are prefixes."""
     return [
-        Param(name + "input_norm", "vector", (Source(source + "input_layernorm.weight", (hidden,)),)),
-        Param(name + "qkv", "linear", qkv, bias=config.qkv_bias),
-        Param(name + "o", "linear", (o,), columns="q_heads", bias=config.o_bias),
-        Param(name + "post_norm", "vector", (Source(source + "post_attention_layernorm.weight", (hidden,)),)),
-        Param(name + "gate_up", "linear", gate_up, bias=config.mlp_bias),
-        Param(name + "down", "linear", (down,), columns="ffn", bias=config.mlp_bias),
+        vector(name + "input_norm", source + "input_layernorm.weight", config.hidden, config.norm_shift),
+        vector(name + "post_norm", source + "post_attention_layernorm.weight", config.hidden, config.norm_shift),
     ]
 
 
-@dataclass(frozen=True)
-class Block:
-    """One transformer layer."""
-
-    input_norm: RMSNorm
-    attention: Attention
-    post_norm: RMSNorm
-    mlp: MLP
-
-    def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> Any:
-        """x fp32 [T, hidden] takes in what the layer before left to add; returns what this one leaves."""
-        attended = self.attention(self.input_norm(x, delta), batch, cache)
-        return self.mlp(self.post_norm(x, attended))
+def outer_params(config: ModelConfig) -> list[Param]:
+    """Embedding, last norm and head."""
+    embed = (config.vocab, config.hidden)
+    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    return [
+        Param("embed", "table", (Source("model.embed_tokens.weight", embed),)),
+        vector("norm", "model.norm.weight", config.hidden, config.norm_shift),
+        Param("head", "linear", (Source(head, embed, "vocab", unit_rows=config.unit_head),)),
+    ]
 
 
-@dataclass(frozen=True)
-class Llama:
-    """See distinf.models.Model."""
+def attention_params(source: str, name: str, config: ModelConfig, pairs: int = 0) -> list[Param]:
+    """Query, key, value and output projections, and the norms of heads; `source` and `name` are prefixes.
 
-    config: ModelConfig
-    shard: Shard
-    embed: torch.Tensor  # [vocab, hidden], each rank whole: ids travel, embeddings do not
-    blocks: list[Block]
-    norm: RMSNorm
-    head: ColumnParallelLinear
-    frequencies: torch.Tensor
-    kernels: Kernels
-
-    def batch(self, positions: torch.Tensor, sequence: torch.Tensor, block_table: torch.Tensor) -> Batch:
-        return Batch(positions, sequence, block_table, *rotations(positions, self.frequencies))
-
-    def forward(self, ids: torch.Tensor, batch: Batch, cache: KVCache, last: torch.Tensor | None) -> torch.Tensor:
-        x = self.kernels.embedding(ids, self.embed)
-        delta = None
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            delta = block(x, delta, batch, layer_cache)
-        normed = self.norm(x, delta)
-        return self.head(normed if last is None else normed[last], torch.float32)
-
-
-def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels, group: Group) -> Llama:
-    """See distinf.models.Family."""
-    linears, tensors = weights.linears, weights.tensors
-
-    def block(name: str) -> Block:
-        return Block(
-            input_norm=RMSNorm(tensors[name + "input_norm"], config.norm_eps, kernels),
-            attention=Attention(
-                qkv=ColumnParallelLinear(linears[name + "qkv"], kernels),
-                o=RowParallelLinear(linears[name + "o"], kernels, group),
-                heads=shard.q_heads,
-                kv_heads=shard.kv_heads,
-                group_size=config.n_heads // config.n_kv_heads,
-                head_dim=config.head_dim,
-                window=config.window,
-                kernels=kernels,
-            ),
-            post_norm=RMSNorm(tensors[name + "post_norm"], config.norm_eps, kernels),
-            mlp=MLP(
-                gate_up=ColumnParallelLinear(linears[name + "gate_up"], kernels),
-                down=RowParallelLinear(linears[name + "down"], kernels, group),
-                kernels=kernels,
-            ),
-        )
-
-    return Llama(
-        config=config,
-        shard=shard,
-        embed=tensors["embed"],
-        blocks=[block(f"layers.{i}.") for i in range(config.n_layers)],
-        norm=RMSNorm(tensors["norm"], config.norm_eps, kernels),
-        head=ColumnParallelLinear(linears["head"], kernels),
-        frequencies=inverse_frequencies(config.rope),
-        kernels=kernels,
+    `pairs`: see Source.
+    """
+    head_dim = config.head_dim if pairs else 0
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    qkv = (
+        Source(source + "q_proj.weight", (q, config.hidden), "q_heads", pairs=pairs, head_dim=head_dim),
+        Source(source + "k_proj.weight", (kv, config.hidden), "kv_heads", pairs=pairs, head_dim=head_dim),
+        Source(source + "v_proj.weight", (kv, config.hidden), "kv_heads"),
     )
+    norms = ("q_norm", "k_norm") if config.qk_norm else ()
+    return [
+        Param(name + "qkv", "linear", qkv, bias=config.qkv_bias),
+        *(vector(name + n, f"{source}{n}.weight", config.head_dim, config.norm_shift) for n in norms),
+        output_param(source, name, config),
+    ]
+
+
+def output_param(source: str, name: str, config: ModelConfig) -> Param:
+    """The attention's output projection."""
+    o = Source(source + "o_proj.weight", (config.hidden, config.n_heads * config.head_dim))
+    return Param(name + "o", "linear", (o,), columns="q_heads", bias=config.o_bias)
+
+
+def mlp_params(source: str, name: str, config: ModelConfig) -> list[Param]:
+    """Gate, up and down projections."""
+    hidden, ffn = config.hidden, config.ffn
+    gate_up = tuple(Source(f"{source}{p}_proj.weight", (ffn, hidden), "ffn") for p in ("gate", "up"))
+    return [Param(name + "gate_up", "linear", gate_up, bias=config.mlp_bias), down_param(source, name, config)]
+
+
+def down_param(source: str, name: str, config: ModelConfig) -> Param:
+    """The feed-forward block's output projection."""
+    down = Source(source + "down_proj.weight", (config.hidden, config.ffn))
+    return Param(name + "down", "linear", (down,), columns="ffn", bias=config.mlp_bias)
+
+
+def build(config: ModelConfig, shard: Shard, weights: Weights, kernels: Kernels, group: Group) -> Decoder:
+    """See distinf.models.Family."""
+    part = Parts(config, shard, weights, kernels, group)
+
+    def block(i: int) -> PreNormBlock:
+        name = f"layers.{i}."
+        attention = part.latent_attention(i) if config.mla else part.attention(i)
+        mlp = part.experts(i) if config.has_experts(i) else part.mlp(i)
+        return PreNormBlock(part.norm(name + "input_norm"), attention, part.norm(name + "post_norm"), mlp)
+
+    return part.decoder([block(i) for i in range(config.n_layers)])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import zlib
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from distinf.kernels.formats import Format, Numbers
 from distinf.models import family
 from distinf.weights.hf_config import read_config_json
 
@@ -33,7 +36,14 @@ class DummyCheckpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for param in known.params(known.config_from_hf(self.config)):
             self._shapes |= param.shapes()
-        self._bank = torch.randn(_BANK, generator=torch.Generator().manual_seed(0))
+
+    @cached_property
+    def _bank(self) -> torch.Tensor:
+        return torch.randn(_BANK, generator=torch.Generator().manual_seed(0))
+
+    @property
+    def identity(self) -> str:
+        return json.dumps(self.config, sort_keys=True)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -54,3 +64,12 @@ class DummyCheckpoint:
             torch.mul(self._bank[start : start + head], scale, out=out[i, :head])
             torch.mul(self._bank[: len(columns) - head], scale, out=out[i, head:])
         return out
+
+    def table(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        return self.read(name, dtype)
+
+    def stored(self, name: str) -> Format | None:
+        return None
+
+    def numbers(self, name: str, rows: range, columns: range) -> Numbers:
+        raise NotImplementedError("nothing here is quantised")

@@ -182,6 +182,10 @@ inline float weigh(float* scores, Span seen, float peak_before, const float* v_s
   return peak;
 }
 
+inline void cap_scores(float* scores, float cap) {
+  for (int64_t i = 0; i < kBlockSize; i += kLanes) store(scores + i, soft_capped(load(scores + i), cap));
+}
+
 // acc[R] = acc * keep + weights . values over some keys of a block, C vectors of columns at once. Several are whole:
 // a test for the end of the row in the inner loop would keep them out of registers.
 template <int R, int C, class T, class Ask>
@@ -233,6 +237,7 @@ inline void weigh_queries(const AttentionScratch& s, const Block<T>& block, int6
   alignas(64) float drop[kLanes] = {};
   float totals[kLanes];
   for (int64_t r = 0; r < count; r++) {
+    if (s.softcap) cap_scores(scores[r], s.softcap);
     const Span seen{block.at(s.first_key[query + r]), block.at(s.end_key[query + r])};
     const float peak = weigh(scores[r], seen, part.max[query + r], s.v_scale, &totals[r]);
     drop[r] = part.max[query + r] - peak;
@@ -309,6 +314,7 @@ inline void attend_block(const AttentionArgs& args, const CacheArgs& cache, cons
 inline void start_tile(const AttentionArgs& args, const BatchArgs& batch, const Tile& tile, int64_t d,
                        AttentionScratch& s, Partial& part) {
   const int64_t stride = query_stride(d);
+  s.softcap = args.softcap;
   for (int64_t i = 0; i < tile.count; i++) {
     const int64_t row = tile.row_of(i);
     const Span seen = seen_by(args, batch, row);

@@ -19,6 +19,7 @@ namespace distinf {
 namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
+#include "nonlinear.inl"
 #include "attention.inl"
 
 // Up to so many queries take a block in by vectors, with weights in fp32. For a block at head_dim 64, vectors take 256

@@ -1,4 +1,4 @@
-// bfloat16 storage and scalar conversion. Vector conversions live in vec_*.h.
+// bfloat16 and half-precision storage and scalar conversion. Vector conversions live in vec_*.h.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,6 +6,11 @@
 namespace distinf {
 
 struct bf16 {
+  uint16_t bits;
+};
+
+// IEEE half precision: storage only, for scales that a checkpoint has in it.
+struct fp16 {
   uint16_t bits;
 };
 

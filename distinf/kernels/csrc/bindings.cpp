@@ -3,12 +3,14 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "activations.h"
 #include "all_reduce.h"
 #include "all_reduce_bindings.h"
 #include "gemm_amx.h"
+#include "moe_bindings.h"
 #include "pack.h"
 #include "roofline.h"
 #include "runtime.h"
@@ -23,14 +25,22 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_t n, int64_t k, int bits, int digits,
-                   int64_t group, bool offsets) {
-  Weight weight{nullptr, n, k, bits, digits, group, offsets};
+Weight new_weight(Runtime& rt, int64_t n, int64_t k, int bits, int digits, int64_t group, bool offsets,
+                  ScaleType scales) {
+  Weight weight{nullptr, n, k, bits, digits, group, offsets, scales};
   weight.data = static_cast<char*>(rt.arena.allocate(weight.bytes()));
-  rt.team.run([=, &weight](const Worker& w) {
-    fp32 ? pack(w, at<const float>(src), stride, weight) : pack(w, at<const bf16>(src), stride, weight);
-  });
   return weight;
+}
+
+void pack_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t src, int64_t stride, bool fp32) {
+  const RowRange rows{first, count};
+  fp32 ? pack(at<const float>(src), stride, rows, weight) : pack(at<const bf16>(src), stride, rows, weight);
+}
+
+void pack_integer_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t numbers, int64_t stride,
+                       uintptr_t scales, uintptr_t offsets) {
+  pack_integers(at<const uint8_t>(numbers), stride, at<const char>(scales), at<const char>(offsets), {first, count},
+                weight);
 }
 
 LinearArgs linear_args(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, int64_t m) {
@@ -52,6 +62,32 @@ void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, ui
   args.out_stride = out_stride;
   args.out_fp32 = out_fp32;
   rt.execute([=, &rt](const Worker& w) { run_linear(w, rt, args); });
+}
+
+// One weight for each head: out[rows, heads, n + tail_n] = x[rows, head, k] . weight[head][n, k]^T, and tail[rows,
+// heads, tail_n] behind it. The heads' rows of the weight are stacked, each a whole number of panels.
+void head_linear(Runtime& rt, uintptr_t x, int64_t x_stride, int64_t head_stride, const Weight& weight, int64_t heads,
+                 uintptr_t tail, int64_t tail_stride, int64_t tail_n, uintptr_t out, int64_t m) {
+  const int64_t n = weight.n / heads, width = n + tail_n;
+  if (n % kPanel) throw std::invalid_argument("head_linear: a head's rows are no whole panels");
+  LinearArgs args = linear_args(rt, x, x_stride, weight, 0, m);
+  args.out_stride = heads * width;
+  args.out_fp32 = false;
+  args.w.n = n;
+  rt.execute([=, &rt](const Worker& w) {
+    for (int64_t head = 0; head < heads; head++) {
+      if (head) w.barrier();  // the scratch memory is the last head's until all are done with it
+      LinearArgs one = args;
+      one.x = at<const bf16>(x) + head * head_stride;
+      one.w.data = args.w.data + head * (n / kPanel) * args.w.panel_bytes();
+      one.out = at<bf16>(out) + head * width;
+      run_linear(w, rt, one);
+    }
+    for (int64_t i = w.begin(m * heads); i < w.end(m * heads); i++) {
+      const bf16* from = at<const bf16>(tail) + i / heads * tail_stride + i % heads * tail_n;
+      std::copy_n(from, tail_n, at<bf16>(out) + i * width + n);
+    }
+  });
 }
 
 // Into the slot that is next when the operation runs.
@@ -127,11 +163,12 @@ void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const Cach
 }
 
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
-               int64_t group_offset, int64_t window, float scale, const CacheArgs& cache, const BatchArgs& batch) {
-  if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 512");
+               int64_t group_offset, int64_t window, float scale, float softcap, const CacheArgs& cache,
+               const BatchArgs& batch) {
+  if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 576");
   rt.reserve_scratch(rt.team.size() * sizeof(AttentionScratch));
   const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group,
-                           group_offset,      window,   scale,         nullptr};
+                           group_offset,      window,   scale,         softcap, nullptr};
   rt.execute([=, &rt](const Worker& w) {
     AttentionArgs with_scratch = args;
     with_scratch.scratch = reinterpret_cast<AttentionScratch*>(rt.scratch());
@@ -139,13 +176,36 @@ void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_
   });
 }
 
-void silu_mul(Runtime& rt, uintptr_t x, uintptr_t out, int64_t rows, int64_t n) {
-  rt.execute([=, &rt](const Worker& w) { rt.kernels.silu_mul(w, at<const bf16>(x), at<bf16>(out), rows, n); });
+void layer_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows,
+                int64_t n, float eps) {
+  rt.execute([=, &rt](const Worker& w) {
+    rt.kernels.layer_norm(w, at<float>(x), at<const float>(add), at<const float>(weight), at<const float>(bias),
+                          at<bf16>(out), rows, n, eps);
+  });
 }
 
-void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, uintptr_t out, int64_t rows, int64_t n) {
+void head_norm(Runtime& rt, uintptr_t x, int64_t stride, uintptr_t weight, int64_t rows, int64_t heads,
+               int64_t head_dim, float eps) {
   rt.execute([=, &rt](const Worker& w) {
-    rt.kernels.embedding(w, at<const int32_t>(ids), at<const bf16>(table), at<float>(out), rows, n);
+    rt.kernels.head_norm(w, at<bf16>(x), stride, at<const float>(weight), rows, heads, head_dim, eps);
+  });
+}
+
+void add_rows(Runtime& rt, uintptr_t x, uintptr_t y, bool fp32, int64_t n) {
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.add_rows(w, at<float>(x), at<const void>(y), fp32, n); });
+}
+
+void act(Runtime& rt, Act kind, uintptr_t x, uintptr_t out, int64_t rows, int64_t n, bool gated) {
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.act(w, kind, at<const bf16>(x), at<bf16>(out), rows, n, gated); });
+}
+
+void softcap(Runtime& rt, uintptr_t x, int64_t n, float cap) {
+  rt.execute([=, &rt](const Worker& w) { rt.kernels.softcap(w, at<float>(x), n, cap); });
+}
+
+void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, float scale, uintptr_t out, int64_t rows, int64_t n) {
+  rt.execute([=, &rt](const Worker& w) {
+    rt.kernels.embedding(w, at<const int32_t>(ids), at<const bf16>(table), scale, at<float>(out), rows, n);
   });
 }
 
@@ -165,13 +225,25 @@ PYBIND11_MODULE(_native, m) {
       .value("avx512", Isa::kAvx512)
       .value("avx512_bf16", Isa::kAvx512Bf16)
       .value("amx", Isa::kAmx);
+  py::enum_<Act>(m, "Act")
+      .value("silu", Act::kSilu)
+      .value("gelu", Act::kGelu)
+      .value("gelu_tanh", Act::kGeluTanh)
+      .value("relu", Act::kRelu);
   m.def("isa_available", &isa_available);
   m.def("cpu_name", &cpu_name);
 
+  py::enum_<ScaleType>(m, "ScaleType")
+      .value("bf16", ScaleType::kBf16)
+      .value("fp16", ScaleType::kFp16)
+      .value("fp32", ScaleType::kFp32);
   py::class_<Weight>(m, "Weight")
       .def_readonly("n", &Weight::n)
       .def_readonly("k", &Weight::k)
-      .def_property_readonly("nbytes", &Weight::bytes);
+      .def_property_readonly("nbytes", &Weight::bytes)
+      .def_property_readonly("address", [](const Weight& w) { return reinterpret_cast<uintptr_t>(w.data); })
+      .def("pack_rows", &pack_rows, py::call_guard<py::gil_scoped_release>())
+      .def("pack_integers", &pack_integer_rows, py::call_guard<py::gil_scoped_release>());
   m.attr("BLOCK_SIZE") = kBlockSize;
   py::class_<CacheArgs>(m, "Cache")
       .def(py::init(
@@ -188,14 +260,17 @@ PYBIND11_MODULE(_native, m) {
   bind_all_reduce(m);
   py::class_<StepProgram>(m, "StepProgram").def(py::init<>());
 
-  py::class_<Runtime>(m, "Runtime")
+  py::class_<Runtime> runtime(m, "Runtime");
+  bind_moe(runtime);
+  runtime
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
       .def("thread_ids", &thread_ids)
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
       .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
-      .def("pack", &pack_weight)
+      .def("new_weight", &new_weight)
       .def("linear", &linear)
+      .def("head_linear", &head_linear)
       .def("partial_linear", &partial_linear)
       .def("partial_zeros", &partial_zeros)
       .def("rms_norm", &rms_norm)
@@ -205,7 +280,11 @@ PYBIND11_MODULE(_native, m) {
       .def("rope", &rope)
       .def("kv_append", &kv_append)
       .def("attention", &attention)
-      .def("silu_mul", &silu_mul)
+      .def("layer_norm", &layer_norm)
+      .def("head_norm", &head_norm)
+      .def("add_rows", &add_rows)
+      .def("act", &act)
+      .def("softcap", &softcap)
       .def("embedding", &embedding)
       .def("peak_tops", &peak_tops, py::arg("int8"), py::arg("repeats"));
 

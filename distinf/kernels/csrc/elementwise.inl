@@ -1,4 +1,4 @@
-// Rotation, activation, embedding and KV append over the Vec of the including instruction set.
+// Rotation, embedding and KV append over the Vec of the including instruction set.
 
 // Up to kLanes elements through a buffer: the ends of rows that are no whole vector.
 template <class T>
@@ -92,22 +92,10 @@ void kv_append(const Worker& w, const bf16* k, const bf16* v, int64_t stride, co
   }
 }
 
-void silu_mul(const Worker& w, const bf16* x, bf16* out, int64_t rows, int64_t n) {
-  for (int64_t row = 0; row < rows; row++) {
-    const bf16 *gate = x + row * 2 * n, *up = gate + n;
-    // Whole vectors per worker, so that only the last one meets the end of the row.
-    const int64_t vectors = (n + kLanes - 1) / kLanes;
-    for (int64_t i = w.begin(vectors) * kLanes; i < std::min(w.end(vectors) * kLanes, n); i += kLanes) {
-      const Vec g = load_n(gate, i, n);
-      const Vec silu = div(g, add(broadcast(1.0f), exp(sub(zero(), g))));
-      store_n(out + row * n, mul(silu, load_n(up, i, n)), i, n);
-    }
-  }
-}
-
-void embedding(const Worker& w, const int32_t* ids, const bf16* table, float* out, int64_t rows, int64_t n) {
+void embedding(const Worker& w, const int32_t* ids, const bf16* table, float scale, float* out, int64_t rows,
+               int64_t n) {
   for (int64_t row = w.begin(rows); row < w.end(rows); row++) {
     const bf16* from = table + static_cast<int64_t>(ids[row]) * n;
-    for (int64_t i = 0; i < n; i += kLanes) store_n(out + row * n, load_n(from, i, n), i, n);
+    for (int64_t i = 0; i < n; i += kLanes) store_n(out + row * n, mul(load_n(from, i, n), broadcast(scale)), i, n);
   }
 }

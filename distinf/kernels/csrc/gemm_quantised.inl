@@ -19,11 +19,17 @@ inline void load_quads(const uint8_t* p, Whole* quads) {
   }
 }
 
+// One vector of a group's scales, or of its offsets, which stand kPanel further on.
+inline Vec load_scales(const Weight& w, const char* header, int64_t i) {
+  if (w.scales == ScaleType::kBf16) return load(reinterpret_cast<const bf16*>(header) + i);
+  if (w.scales == ScaleType::kFp16) return load(reinterpret_cast<const fp16*>(header) + i);
+  return load(reinterpret_cast<const float*>(header) + i);
+}
+
 // What one group adds to a result, for one vector of columns: acc has its whole-number products, one for each
 // digit of the row, `sums` the sums of those digits.
 template <int kDigits>
 inline Vec group_result(const Weight& w, const char* header, int v, const Whole* acc, const int32_t* sums) {
-  const auto* scales = reinterpret_cast<const bf16*>(header);
   const auto digit = [&](int d) {
     return to_vec(w.offsets ? acc[d] : sub_whole(acc[d], broadcast_whole(w.middle() * sums[d])));
   };
@@ -33,8 +39,8 @@ inline Vec group_result(const Weight& w, const char* header, int v, const Whole*
     y = fma(y, broadcast(128.0f), digit(1));
     sum = 128 * sum + static_cast<float>(sums[1]);
   }
-  y = mul(y, load(scales + v * kLanes));
-  return w.offsets ? fma(broadcast(sum), load(scales + kPanel + v * kLanes), y) : y;
+  y = mul(y, load_scales(w, header, v * kLanes));
+  return w.offsets ? fma(broadcast(sum), load_scales(w, header, kPanel + v * kLanes), y) : y;
 }
 
 template <int kBits, int kDigits, int kRows>

@@ -9,13 +9,16 @@
 
 #include "activations.h"
 
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace distinf::avx2 {
 namespace {
 #include "vec_avx2.h"
 #include "elementwise.inl"
 #include "reduce.inl"
+#include "layer_norm.inl"
+#include "nonlinear.inl"
+#include "moe.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"
@@ -27,7 +30,9 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx2Kernels = {
-    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::sum_parts,   avx2::rope,      avx2::kv_append,
-    avx2::attention,   avx2::silu_mul,         avx2::embedding, avx2::read_stream, avx2::peak_bf16, avx2::peak_int8,
+    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,   avx2::sum_parts, avx2::layer_norm,
+    avx2::head_norm,   avx2::add_rows,         avx2::rope,       avx2::kv_append, avx2::attention,
+    avx2::act,         avx2::softcap,          avx2::expert_sum, avx2::embedding, avx2::read_stream,
+    avx2::peak_bf16,   avx2::peak_int8,
 };
 }  // namespace distinf

@@ -65,8 +65,8 @@ struct CacheArgs {
   int64_t kv_heads, head_dim;
 };
 
-// Longest head that the scratch below has room for.
-constexpr int64_t kMaxHeadDim = 512;
+// Longest head that the scratch below has room for: DeepSeek's latent vector of 512 and the 64 that rotate.
+constexpr int64_t kMaxHeadDim = 576;
 // Query vectors (rows x heads of a group) that share one pass over their keys and values. At head_dim 64 their
 // accumulators are 16 KiB and a block of keys and values as much again: together they stay in a 1 MiB L2, and
 // turning the keys costs each query 1/64 of a turn.
@@ -92,6 +92,7 @@ struct alignas(64) AttentionScratch {
   bf16 k_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 2][kBlockSize][2]
   bf16 v_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 64][kBlockSize / 2][64][2], for AMX
   float k_scale[kBlockSize], v_scale[kBlockSize];
+  float softcap;  // of AttentionArgs
 };
 
 struct AttentionArgs {
@@ -103,8 +104,21 @@ struct AttentionArgs {
   int64_t group_offset;  // place of local query head 0 in its group: local KV head = (group_offset + head) / group
   int64_t window;        // keys a row may see, itself included; 0: all
   float scale;
+  float softcap;              // c: a score s becomes c tanh(s / c); 0: as it is
   AttentionScratch* scratch;  // one for each thread
 };
+
+struct ExpertSumArgs {
+  const float* y;        // [rows * top_k, n], grouped by expert
+  const float* weights;  // [rows, top_k]
+  const int32_t* place;  // [rows, top_k] row of y
+  const float* plus;     // [rows, n] or nullptr
+  const float* gate;     // [rows] or nullptr: `plus` as it is
+  int64_t rows, top_k, n;
+  float* out;  // [rows, n]
+};
+
+enum class Act { kSilu, kGelu, kGeluTanh, kRelu };
 
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
@@ -112,15 +126,27 @@ struct KernelTable {
   void (*rms_norm)(const Worker&, const RmsNormArgs&);
   // out[begin .. end] (fp32 or bf16) = sum of the parts. One thread's work.
   void (*sum_parts)(const Parts&, int64_t begin, int64_t end, void* out, bool out_bf16);
+  // The same with a mean taken off and a bias: out = (x - mean) / deviation * weight + bias
+  void (*layer_norm)(const Worker&, float* x, const float* add, const float* weight, const float* bias, bf16* out,
+                     int64_t rows, int64_t n, float eps);
+  // x[rows, heads, head_dim] in place: each head / rms * weight
+  void (*head_norm)(const Worker&, bf16* x, int64_t stride, const float* weight, int64_t rows, int64_t heads,
+                    int64_t head_dim, float eps);
+  // x[n] += y[n], which is fp32 or bf16
+  void (*add_rows)(const Worker&, float* x, const void* y, bool fp32, int64_t n);
   // Rotates the first 2*half elements of each of heads [rows, heads, head_dim] in place; cos, sin [rows, half].
   void (*rope)(const Worker&, bf16* x, int64_t stride, const float* cos, const float* sin, int64_t rows, int64_t heads,
                int64_t head_dim, int64_t half);
   void (*kv_append)(const Worker&, const bf16* k, const bf16* v, int64_t stride, const CacheArgs&, const BatchArgs&);
   void (*attention)(const Worker&, const AttentionArgs&, const CacheArgs&, const BatchArgs&);
-  // out[rows, n] = silu(x[:, :n]) * x[:, n:]
-  void (*silu_mul)(const Worker&, const bf16* x, bf16* out, int64_t rows, int64_t n);
-  // out[rows, n] fp32 = table[ids]
-  void (*embedding)(const Worker&, const int32_t* ids, const bf16* table, float* out, int64_t rows, int64_t n);
+  // out[rows, n] = act(x[rows, n]), or gated act(x[:, :n]) * x[:, n:] with x[rows, 2 n]
+  void (*act)(const Worker&, Act, const bf16* x, bf16* out, int64_t rows, int64_t n, bool gated);
+  // x[n] = cap tanh(x / cap)
+  void (*softcap)(const Worker&, float* x, int64_t n, float cap);
+  void (*expert_sum)(const Worker&, const ExpertSumArgs&);
+  // out[rows, n] fp32 = scale * table[ids]
+  void (*embedding)(const Worker&, const int32_t* ids, const bf16* table, float scale, float* out, int64_t rows,
+                    int64_t n);
   // This worker's part of bytes at data, read once; with software prefetch or without.
   int32_t (*read_stream)(const Worker&, const void* data, int64_t bytes, bool prefetch);
   // bf16 multiply-adds on registers; returns the floating-point operations done.

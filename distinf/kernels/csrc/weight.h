@@ -5,7 +5,7 @@
 //
 //   bf16:       [k / 2][kPanel][2]                                   pairs, as the bf16 dot products take them
 //   quantised:  groups of `group` rows of K, each
-//               scales [kPanel] bf16, (offsets [kPanel] bf16,) then the numbers:
+//               scales [kPanel], (offsets [kPanel],) bf16 or what a checkpoint's own need, then the numbers:
 //                 8 bit [group / 4][kPanel][4] u8                    quads, as the int8 dot products take them
 //                 4 bit [group / 4][kPanel / 2][4]: column c in the low nibble, column c + 16 in the high one
 //
@@ -27,6 +27,9 @@ constexpr int64_t kQuantisedDepth = 64;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Of scales and offsets: bf16 where this program quantised, else whatever holds the checkpoint's exactly.
+enum class ScaleType { kBf16, kFp16, kFp32 };
+
 struct Weight {
   char* data;
   int64_t n, k;
@@ -34,12 +37,14 @@ struct Weight {
   int digits;     // int8 digits of a quantised activation: 1 (8 bit) or 2 (15 bit, for weight-only formats)
   int64_t group;  // rows of K that share a scale; 0: all of them
   bool offsets;   // one for each scale
+  ScaleType scales;
 
   int64_t panels() const { return round_up(n, kPanel) / kPanel; }
   // Rows of K of a group as packed: a lone group is padded to whole tiles.
   int64_t group_rows() const { return group ? group : round_up(k, kQuantisedDepth); }
   int64_t groups() const { return (k + group_rows() - 1) / group_rows(); }
-  int64_t group_header_bytes() const { return kPanel * 2 + (offsets ? kPanel * 2 : 0); }
+  int64_t scale_bytes() const { return scales == ScaleType::kFp32 ? 4 : 2; }
+  int64_t group_header_bytes() const { return kPanel * scale_bytes() * (offsets ? 2 : 1); }
   int64_t group_bytes() const { return group_header_bytes() + group_rows() * kPanel * bits / 8; }
   int64_t panel_bytes() const {
     return bits == 16 ? round_up(k, kDepth) * kPanel * static_cast<int64_t>(sizeof(bf16)) : groups() * group_bytes();

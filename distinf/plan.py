@@ -1,0 +1,113 @@
+"""What each rank of a run will hold: known from config.json and the flags, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distinf.config import ModelConfig, RunConfig
+from distinf.engine import PREFILL_ROWS
+from distinf.kernels.formats import Format
+from distinf.kv_cache import KVCache
+from distinf.memory import MemoryNeed
+from distinf.models import Family, family
+from distinf.models.params import Param
+from distinf.shard import TILE, Shard, ShardPlan
+from distinf.weights import Checkpoint
+from distinf.weights.load import Cuts, check_groups, formats_of, weight_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model on the ranks of one run."""
+
+    family: Family
+    config: ModelConfig
+    run: RunConfig
+    params: Sequence[Param]
+    formats: dict[str, Format]  # of each linear
+    shards: tuple[Shard, ...]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, run: RunConfig) -> Plan:
+        """Raises ValueError for a model that is unknown, flags that are wrong, and ranks or groups that do not fit."""
+        known, config = parse(checkpoint.config)
+        params = known.params(config)
+        formats = formats_of(run, params, checkpoint)
+        # A group of a down projection's input features has to be on one rank.
+        downs = [p.name for p in params if p.columns in ("ffn", "expert_ffn", "shared_ffn")]
+        ffn_multiple = max([TILE, *(formats[name].group for name in downs)])
+        experts = (config.moe.ffn, config.moe.shared_ffn) if config.moe else (0, 0)
+        shards = ShardPlan.build(
+            config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares, *experts, ffn_multiple
+        ).shards
+        plan = Plan(known, config, run, params, formats, shards)
+        for rank in range(len(shards)):
+            check_groups(params, plan.cuts(rank), formats)
+        return plan
+
+    def cuts(self, rank: int) -> Cuts:
+        """A rank's ranges of the checkpoint's tensors."""
+        return Cuts(self.config, self.shards[rank])
+
+    def need(self, rank: int, kv_tokens: int, act_dtype: torch.dtype) -> MemoryNeed:
+        """Memory of a rank with a KV cache of `kv_tokens`; the embedding table is counted whole."""
+        config, kv_heads = self.config, len(self.shards[rank].kv_heads)
+        cache_dtype = torch.int8 if self.run.kv_dtype == "int8" else act_dtype
+        sizes = config.n_layers, kv_heads, config.head_dim, cache_dtype
+        per_token = KVCache.bytes_per_token(*sizes, latent=config.mla is not None)
+        weights = weight_bytes(self.params, self.cuts(rank), self.formats, act_dtype)
+        return MemoryNeed(weights, kv_tokens * per_token, kv_tokens)
+
+    def table_bytes(self, act_dtype: torch.dtype) -> int:
+        """The embedding table: mapped from the file and shared by the ranks of a machine where it is in act_dtype."""
+        tables = [p for p in self.params if p.kind == "table"]
+        return weight_bytes(tables, self.cuts(0), self.formats, act_dtype)
+
+    def workspace_bytes(self, rank: int, tokens: int, act_dtype: torch.dtype) -> int:
+        """The widest activations of a prefill of `tokens`: the fp32 residual stream and what is added to it, and,
+        in act_dtype, the normed rows with q, k, v and attention's result, or with gate, up and their product.
+        """
+        shard, config, rows = self.shards[rank], self.config, min(tokens, PREFILL_ROWS)
+        attention = 2 * (len(shard.q_heads) + len(shard.kv_heads)) * config.head_dim
+        columns = len(shard.ffn)
+        if config.moe:
+            columns = max(columns, config.moe.top_k * len(shard.expert_ffn) + len(shard.shared_ffn))
+        widest = config.hidden + max(attention, 3 * columns)
+        return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize)
+
+
+def parse(hf: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """A model's family and architecture from config.json's fields. Raises ValueError naming what is not supported."""
+    known = family(str(hf["model_type"]))
+    return known, known.config_from_hf(hf)
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank will hold; bytes, and ranges of the whole model."""
+
+    weights: int  # with its part of an embedding table that its machine's ranks share
+    kv_cache: int
+    workspace: int
+    shard: Shard
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv_cache + self.workspace
+
+
+def report(plan: Plan, kv_tokens: int, table_ranks: int) -> list[RankReport]:
+    """Every rank's needs with a KV cache of `kv_tokens`; `table_ranks` share one embedding table."""
+    act_dtype = torch.float32 if plan.run.dtype == "fp32" else torch.bfloat16
+    table = plan.table_bytes(act_dtype)
+    reports = []
+    for rank, shard in enumerate(plan.shards):
+        need = plan.need(rank, kv_tokens, act_dtype)
+        weights = need.weights - table + table // table_ranks
+        reports.append(RankReport(weights, need.kv_cache, plan.workspace_bytes(rank, kv_tokens, act_dtype), shard))
+    return reports

@@ -1,0 +1,150 @@
+"""A tiny random model of every family, made by transformers: a family without a recipe here fails its tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+
+VOCAB = 199
+
+# Three heads, widths that are no whole tile, three layers.
+COMMON: dict[str, Any] = {
+    "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": VOCAB,
+    "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": VOCAB - 1, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA: dict[str, Any] = {**COMMON, "intermediate_size": 176, "num_key_value_heads": 1, "head_dim": 20}
+QWEN_MOE: dict[str, Any] = {**LLAMA, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+DEEPSEEK: dict[str, Any] = {
+    **COMMON, "intermediate_size": 176, "num_key_value_heads": 3, "q_lora_rank": 48, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 32, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1,
+}  # fmt: skip
+NEOX: dict[str, Any] = {**COMMON, "intermediate_size": 176}
+OPT: dict[str, Any] = {**COMMON, "ffn_dim": 176, "word_embed_proj_dim": 96, "tie_word_embeddings": True}
+GPT2: dict[str, Any] = {"n_embd": 96, "n_head": 3, "n_layer": 3, "n_positions": 512, "vocab_size": VOCAB,
+                        "bos_token_id": 0, "eos_token_id": VOCAB - 1}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}  # fmt: skip
+
+
+def randomised(model: nn.Module, seed: int = 0) -> Any:
+    """The model with norms around their neutral value and everything else around zero, biases included."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            neutral = float(parameter.flatten()[0]) if parameter.dim() == 1 else 0.0  # 1, in Gemma 0; a bias: 0
+            parameter.normal_(neutral, 0.2 if parameter.dim() == 1 else 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
+    return model.eval()
+
+
+def make(name: str, base: dict[str, Any] = LLAMA, head: str = "ForCausalLM", **fields: Any) -> Callable[[Path], Any]:
+    """Recipe of transformers' `name`, with these fields of its config besides those of `base`."""
+
+    def recipe(directory: Path) -> Any:
+        config = getattr(transformers, name + "Config")(**{**base, **fields}, attn_implementation="eager")
+        model = randomised(getattr(transformers, name.removesuffix("Text") + head)(config))
+        model.save_pretrained(directory)
+        return model
+
+    return recipe
+
+
+def baichuan(directory: Path) -> Any:
+    """No class of transformers': a Llama whose head's rows have length 1, written as Baichuan 2 keeps it."""
+    config = transformers.LlamaConfig(**{**LLAMA, "num_key_value_heads": 3, "head_dim": 32})
+    model = randomised(transformers.LlamaForCausalLM(config))
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}  # the head's rows of any length
+    for i in range(config.num_hidden_layers):
+        attention = f"model.layers.{i}.self_attn."
+        parts = [tensors.pop(f"{attention}{p}_proj.weight") for p in "qkv"]
+        tensors[attention + "W_pack.weight"] = torch.cat(parts)
+    save_file(tensors, directory / "model.safetensors")
+    model.lm_head.weight.data = nn.functional.normalize(model.lm_head.weight.data)
+    fields = {k: v for k, v in COMMON.items() if k != "tie_word_embeddings"}
+    fields |= {"model_type": "baichuan", "intermediate_size": 176, "rms_norm_eps": config.rms_norm_eps,
+               "hidden_act": "silu", "z_loss_weight": 0, "model_max_length": 512}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(fields))
+    return model
+
+
+# model_type -> recipes by a name of their own: each writes a directory and returns the oracle.
+RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
+    "llama": {
+        "plain": make("Llama", attention_bias=True, mlp_bias=True),
+        "linear": make("Llama", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
+        "dynamic": make("Llama", max_position_embeddings=128,
+                        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
+        "llama3": make("Llama", rope_parameters={**LLAMA3, "rope_theta": 10000.0}, tie_word_embeddings=True),
+        "yarn": make("Llama", rope_parameters=YARN),
+    },
+    "mistral": {"window": make("Mistral", sliding_window=50), "no window": make("Mistral", sliding_window=None)},
+    "qwen2": {
+        "plain": make("Qwen2"),
+        "some windows": make("Qwen2", use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    },
+    "qwen3": {"plain": make("Qwen3", tie_word_embeddings=True)},
+    "gemma2": {"plain": make("Gemma2", query_pre_attn_scalar=24, sliding_window=40, attn_logit_softcapping=3.0,
+                             final_logit_softcapping=20.0)},
+    "gemma3_text": {
+        "plain": make("Gemma3Text", num_hidden_layers=4, tie_word_embeddings=True, sliding_window=40, query_pre_attn_scalar=24,
+                      layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]),
+    },
+    "opt": {"plain": make("OPT", OPT)},
+    "gpt2": {"plain": make("GPT2", GPT2, "LMHeadModel")},
+    "gpt_neox": {
+        "parallel": make("GPTNeoX", NEOX),
+        "sequential": make("GPTNeoX", NEOX, use_parallel_residual=False, attention_bias=False, rotary_pct=0.5),
+    },
+    "mixtral": {"plain": make("Mixtral", num_local_experts=5, num_experts_per_tok=2, sliding_window=None)},
+    "qwen2_moe": {
+        "all sparse": make("Qwen2Moe", QWEN_MOE, shared_expert_intermediate_size=80),
+        "some dense": make("Qwen2Moe", QWEN_MOE, shared_expert_intermediate_size=80, mlp_only_layers=[1],
+                           norm_topk_prob=True),
+    },
+    "qwen3_moe": {"plain": make("Qwen3Moe", QWEN_MOE, norm_topk_prob=True, decoder_sparse_step=2)},
+    "deepseek_v2": {
+        "lite": make("DeepseekV2", DEEPSEEK, q_lora_rank=None),
+        "groups": make("DeepseekV2", DEEPSEEK, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+                       routed_scaling_factor=4.0, rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 0.9}),
+    },
+    "deepseek_v3": {
+        "groups": make("DeepseekV3", DEEPSEEK, n_group=4, topk_group=2, norm_topk_prob=True,
+                       rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+        "halves": make("DeepseekV3", DEEPSEEK, n_group=1, topk_group=1, rope_interleave=False),
+    },
+    "falcon": {
+        "multi-query": make("Falcon", COMMON, ffn_hidden_size=176),
+        "new": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True, bias=True),
+        "new, one norm": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=3, new_decoder_architecture=True,
+                              num_ln_in_parallel_attn=1),
+    },
+    "glm": {"plain": make("Glm", attention_bias=True, partial_rotary_factor=0.5)},
+    "glm4": {"plain": make("Glm4", partial_rotary_factor=0.5)},
+    "baichuan": {"7b": baichuan},
+    "phi3": {
+        "partial": make("Phi3", partial_rotary_factor=0.8, sliding_window=60),
+        "longrope": make("Phi3", head_dim=16, num_attention_heads=6, num_key_value_heads=2, rope_parameters=LONGROPE,
+                         original_max_position_embeddings=128),
+    },
+}  # fmt: skip
+
+
+CASES = [(name, case) for name, recipes in RECIPES.items() for case in recipes]
+
+
+def prompt_of(n: int, seed: int = 11) -> list[int]:
+    return [(37 * i + seed) % VOCAB for i in range(n)]

@@ -1,0 +1,172 @@
+"""Checkpoints that are quantised already: what is packed is the matrix that their own integers and scales stand for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from distinf.comm.single import SingleGroup
+from distinf.config import RunConfig
+from distinf.kernels import native
+from distinf.kernels.formats import FORMATS, Format, Numbers, quantised
+from distinf.llm import load_model
+from distinf.plan import Plan
+from distinf.weights import Checkpoint, open_checkpoint
+from tests import checkpoint_files as files
+
+FP16, FP32 = torch.float16, torch.float32
+
+# name -> quantization_config and linears, and the format that keeps their numbers.
+DIRECTORIES: dict[str, tuple[Any, Format | None]] = {
+    "gptq": (files.gptq(True), replace(FORMATS["int4"], group=64, scales=FP16)),
+    "gptq-v2": (files.gptq(True, version="gptq_v2"), replace(FORMATS["int4"], group=64, scales=FP16)),
+    "gptq-channel": (files.gptq(True, group=-1), replace(FORMATS["int4"], group=0, scales=FP16)),
+    "gptq-zeros": (files.gptq(False), replace(FORMATS["int4"], group=64, scales=FP32, zero_points=True)),
+    "gptq-act-order": (files.gptq(False, act_order=True), None),
+    "gptq-group-16": (files.gptq(True, group=16), None),
+    "awq": (files.awq(), replace(FORMATS["int4"], group=64, scales=FP32, zero_points=True)),
+    "w8a8": (files.compressed("int-quantized", 0, True), FORMATS["w8a8"]),
+    "w8a8-fp32": (files.compressed("int-quantized", 0, True, FP32), replace(FORMATS["w8a8"], scales=FP32)),
+    "w8a16-group": (files.compressed("int-quantized", 128, False), replace(FORMATS["int8"], group=128)),
+    "w4a16": (files.compressed("pack-quantized", 32, False), FORMATS["int4"]),
+}
+GGUF_KEPT = {
+    Kind.Q8_0: replace(FORMATS["int8"], group=32, scales=FP16),
+    Kind.Q4_0: replace(FORMATS["int4"], group=32, scales=FP16),
+    Kind.Q4_1: replace(FORMATS["int4"], group=32, scales=FP16, zero_points=True),
+}
+GGUF_KINDS = [Kind.F32, Kind.F16, Kind.BF16, *GGUF_KEPT, Kind.Q5_0, Kind.Q5_1, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
+CASES = [*DIRECTORIES, *(kind.name for kind in GGUF_KINDS)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint, its matrices by name, and the format that keeps their numbers."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    if request.param in DIRECTORIES:
+        (config, linear), form = DIRECTORIES[request.param]
+        matrices = files.write_directory(directory, config, linear)
+        return open_checkpoint(directory, "auto", None, None), matrices, form
+    kind = Kind[request.param]
+    path = directory / "model.gguf"
+    matrices = files.write_gguf(path, kind)
+    return open_checkpoint(path, "auto", None, None), matrices, GGUF_KEPT.get(kind)
+
+
+def test_dequantised_is_the_definition_to_the_bit(case: tuple[Checkpoint, dict[str, torch.Tensor], Any]) -> None:
+    checkpoint, matrices, _ = case
+    for name, matrix in matrices.items():
+        assert checkpoint.shape(name) == matrix.shape
+        assert torch.equal(checkpoint.read(name, FP32), matrix), name
+        rows, columns = range(5, 101), range(37, 203)
+        assert torch.equal(checkpoint.read(name, FP32, rows, columns), matrix[5:101, 37:203]), name
+
+
+def test_kept_numbers_are_the_definition_to_the_bit(case: tuple[Checkpoint, dict[str, torch.Tensor], Any]) -> None:
+    checkpoint, matrices, form = case
+    for name, matrix in matrices.items():
+        assert checkpoint.stored(name) == form
+        if form is not None:
+            rows, columns = range(32, 96), range(128, 256)
+            found = checkpoint.numbers(name, rows, columns).dequantised(form)
+            # scale * (number - zero) in one rounding, or in two that cancel to it.
+            torch.testing.assert_close(found, matrix[32:96, 128:256], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "form", [FORMATS["int8"], FORMATS["int4"], replace(FORMATS["int4"], zero_points=True)], ids=str
+)
+def test_packing_numbers_equals_quantising_to_them(form: Format) -> None:
+    """Byte by byte, where both can express the same."""
+    if not native.available_isas():
+        pytest.skip("no native kernels")
+    kernels = native.NativeKernels(native.resolve_isa("auto"), [-1], True)
+    torch.manual_seed(0)
+    weight = torch.randn(100, 128).bfloat16()
+    number, scale, offset = quantised(weight, form)
+    numbers = Numbers(number.flatten(1).to(torch.uint8), scale[..., 0], offset[..., 0] if form.zero_points else None)
+    packer = kernels.packer(100, 128, form)
+    packer.add(0, numbers)
+    assert packer.weight().memory() == kernels.pack(weight, form).memory()
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-zeros", "awq", "w8a8", "w4a16"])
+def test_a_whole_model_keeps_its_numbers(tmp_path: Path, name: str) -> None:
+    """Every stacked linear of the loaded model is its sources, one below the other; the plain head stays bf16."""
+    (config, linear), form = DIRECTORIES[name]
+    matrices = files.write_directory(tmp_path, config, linear)
+    checkpoint = open_checkpoint(tmp_path, "auto", None, None)
+    loaded = load_model(checkpoint, RunConfig(dtype="auto", kernels="reference"), SingleGroup())
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    sources = {
+        "qkv": [attention + x for x in ("q_proj", "k_proj", "v_proj")], "o": [attention + "o_proj"],
+        "gate_up": [mlp + "gate_proj", mlp + "up_proj"], "down": [mlp + "down_proj"],
+    }  # fmt: skip
+    for param, names in sources.items():
+        weight = loaded.weights.linears[f"layers.0.{param}"].weight
+        assert weight.form == form
+        assert torch.equal(weight.data, torch.cat([matrices[f"{source}.weight"] for source in names]))
+    assert loaded.weights.linears["head"].weight.form == FORMATS["bf16"]
+
+
+BAD_SETTINGS: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
+    ("gptq", lambda c: c.update(bits=8), "GPTQ of 8 bits"),
+    ("gptq", lambda c: c.update(checkpoint_format="marlin"), "'marlin', is not supported"),
+    ("gptq", lambda c: c.update(group_size="big"), "group_size 'big'"),
+    ("gptq", lambda c: c.update(group_size=96), r"q_proj.qweight' is of 256 x 256 weights; expected .* group size 96"),
+    ("gptq", lambda c: c.update(group_size=32), r"qzeros' has shape \[4, \d+\]; expected \[8, \d+\]"),
+    ("gptq-zeros", lambda c: c.update(sym=True), r"qzeros' has zero points other than 8"),
+    ("awq", lambda c: c.update(version="gemv"), "AWQ of .4, 'gemv', True. is not supported"),
+    ("awq", lambda c: c.update(quant_method="hqq"), "quant_method 'hqq' is not supported; expected one of gptq, awq"),
+    ("w8a8", lambda c: c.update(format="float-quantized"), "format 'float-quantized' is not supported"),
+    ("w8a8", lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "8, 'int', symmetric"),
+    ("w8a8", lambda c: c["config_groups"]["group_0"]["input_activations"].update(dynamic=False), "dynamic"),
+    ("w4a16", lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="block"), "strategy 'block'"),
+]
+
+
+@pytest.mark.parametrize("name, spoil, message", BAD_SETTINGS, ids=[m for _, _, m in BAD_SETTINGS])
+def test_settings_that_are_not_supported(
+    tmp_path: Path, name: str, spoil: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    (config, linear), _ = DIRECTORIES[name]
+    config = copy.deepcopy(config)
+    spoil(config)
+    files.write_directory(tmp_path, config, linear)
+    with pytest.raises(ValueError, match=message):
+        load_model(open_checkpoint(tmp_path, "auto", None, None), RunConfig(dtype="auto"), SingleGroup())
+
+
+def test_groups_are_not_cut_by_ranks(tmp_path: Path) -> None:
+    """Four heads of 64 features on three ranks, with groups of 128 input features in the output projection."""
+    files.write_directory(tmp_path, *files.gptq(True, group=128))
+    run = RunConfig(dtype="auto", shares=(Fraction(1),) * 4)
+    with pytest.raises(
+        ValueError, match=r"--group-size 128 does not divide the input features 0 .. 64 of 'model.*o_proj"
+    ):
+        Plan.of(open_checkpoint(tmp_path, "auto", None, None), run)
+
+
+def test_gguf_has_llama_3s_rotation_as_divisors(tmp_path: Path) -> None:
+    """As published: wavelengths above 8192 positions are divided by 8, those below 2048 by one, a ramp between."""
+    path, dim = tmp_path / "model.gguf", files.HIDDEN // files.HEADS
+    wavelengths = 2 * np.pi * 10000.0 ** (np.arange(0, dim, 2) / dim)
+    smooth = (8192 / wavelengths - 1) / 3
+    between = 1 / ((1 - smooth) / 8 + smooth)
+    divisors = np.where(wavelengths < 2048, 1, np.where(wavelengths > 8192, 8, between))
+    assert len(set(divisors)) > 3
+    files.write_gguf(path, Kind.Q8_0, divisors)
+    scaling = open_checkpoint(path, "auto", None, None).config["rope_scaling"]
+    assert scaling["rope_type"] == "llama3" and scaling["factor"] == 8 and scaling["low_freq_factor"] == 1
+    files.write_gguf(path, Kind.Q8_0, divisors**2)
+    with pytest.raises(ValueError, match=r"tensor 'rope_freqs.weight' is not Llama 3's scaling"):
+        open_checkpoint(path, "auto", None, None)

@@ -1,0 +1,298 @@
+"""Damaged checkpoints: always a ValueError that names the file, never a crash, never a byte from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from distinf.comm.single import SingleGroup
+from distinf.config import RunConfig
+from distinf.llm import load_model
+from distinf.plan import Plan
+from distinf.weights import open_checkpoint
+from distinf.weights.gguf_header import read_header
+from distinf.weights.load import check_shapes
+from distinf.weights.raw import RawFile
+from tests import checkpoint_files as files
+
+INDEX = "model.safetensors.index.json"
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def read_all(path: Path) -> None:
+    """All that loading does with a checkpoint, but the packing."""
+    checkpoint = open_checkpoint(path, "auto", None, None)
+    params = Plan.of(checkpoint, RunConfig(dtype="auto")).params
+    check_shapes(checkpoint, params)
+    for param in params:
+        for name, shape in param.shapes().items():
+            checkpoint.read(name, torch.float32)
+            if checkpoint.stored(name):
+                checkpoint.numbers(name, range(shape[0]), range(shape[1]))
+
+
+def refused(path: Path, file: str) -> bool:
+    """Whether reading is refused, by a ValueError that names file, tensor or field; anything else is the test's failure."""
+    try:
+        read_all(path)
+    except ValueError as error:
+        assert any(word in str(error) for word in (file, "weight'", "config: ")), error
+        return True
+    return False
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A GPTQ directory: words, halves, bf16 and indices."""
+    files.write_directory(tmp_path, *files.gptq(False))
+    read_all(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    files.write_gguf(tmp_path / "model.gguf", Kind.Q4_1)
+    read_all(tmp_path / "model.gguf")
+    return tmp_path / "model.gguf"
+
+
+def header_size(path: Path) -> int:
+    if path.suffix == ".gguf":
+        return min(t.offset for t in read_header(RawFile(path))[1].values())
+    return 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
+
+
+def test_safetensors_cut_at_every_header_byte(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    for size in [*range(header_size(path)), len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model.safetensors: damaged or truncated"):
+            open_checkpoint(directory, "auto", None, None)
+
+
+def test_gguf_cut_at_every_header_byte(gguf_file: Path) -> None:
+    whole = gguf_file.read_bytes()
+    for size in [*range(header_size(gguf_file)), len(whole) // 2, len(whole) - 1]:
+        gguf_file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model.gguf: (damaged or truncated|the f)"):
+            open_checkpoint(gguf_file, "auto", None, None)
+
+
+def spoiled(whole: bytes, size: int) -> Iterator[bytes]:
+    """The file with one byte of its header changed, or eight, all over the header."""
+    chance = random.Random(0)
+    for at in range(0, size, 5):
+        yield whole[:at] + bytes([chance.randrange(256)]) + whole[at + 1 :]
+    for at in range(0, size - 8, 13):
+        yield whole[:at] + chance.choice([b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f"]) + whole[at + 8 :]
+
+
+def test_safetensors_with_a_spoiled_header(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    whole, size, results = path.read_bytes(), header_size(path), []
+    for data in spoiled(whole, size):
+        path.write_bytes(data)
+        results.append(refused(directory, "model.safetensors"))
+    assert sum(results) > len(results) / 2
+
+
+def test_gguf_with_a_spoiled_header(gguf_file: Path) -> None:
+    whole, size, results = gguf_file.read_bytes(), header_size(gguf_file), []
+    for data in spoiled(whole, size):
+        gguf_file.write_bytes(data)
+        results.append(refused(gguf_file, "model.gguf"))
+    assert sum(results) > len(results) / 2
+
+
+BAD_ENTRIES: list[tuple[dict[str, Any], str]] = [
+    ({"data_offsets": [0, 1 << 63]}, "bytes 0 to 9223372036854775808"),
+    ({"data_offsets": [-8, 0]}, "no lists of whole numbers"),
+    ({"data_offsets": [8, 0]}, "bytes 8 to 0"),
+    ({"data_offsets": [0]}, "no lists of whole numbers"),
+    ({"data_offsets": "all"}, "no lists of whole numbers"),
+    ({"shape": [1 << 40, 1 << 40]}, "expected 4835703278458516698824704 for I32"),
+    ({"shape": [-32, -256]}, "no lists of whole numbers"),
+    ({"shape": [32.0, 256]}, "no lists of whole numbers"),
+    ({"shape": [True, 8192]}, "no lists of whole numbers"),
+    ({"shape": None}, "no lists of whole numbers"),
+    ({"shape": [31, 256]}, "expected 31744 for I32"),
+    ({"dtype": "F64"}, "expected 65536 for F64"),
+    ({"dtype": "F4"}, "dtype 'F4', expected one of F64"),
+    ({"dtype": ["I32"]}, "dtype ['I32'], expected one of F64"),
+    ({"dtype": "F32"}, "has dtype torch.float32; expected torch.int32"),
+    ({"shape": [256, 32]}, "qzeros' has shape"),
+    ({"more": 1}, "expected dtype, shape and data_offsets"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD_ENTRIES, ids=[json.dumps(c) for c, _ in BAD_ENTRIES])
+def test_a_bad_entry_is_named(directory: Path, change: dict[str, Any], message: str) -> None:
+    path = directory / "model.safetensors"
+    header, data = files.split_header(path.read_bytes())
+    header[f"{LAYER}.qweight"].update(change)
+    path.write_bytes(files.join_header(header, data))
+    with pytest.raises(ValueError) as error:
+        read_all(directory)
+    assert message in str(error.value) and "model.safetensors" in str(error.value) and LAYER in str(error.value)
+
+
+BAD_HEADERS: list[tuple[bytes, str]] = [
+    (b"[]", "the header is no JSON object"),
+    (b'{"a": {}, "a": {}}', "'a' is there twice"),
+    (b"[" * 200_000, "damaged or truncated"),
+    (b'{"a": 1}', "tensor 'a': expected dtype"),
+    (b"\xff\xfe", "damaged or truncated"),
+    (b"", "damaged or truncated"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD_HEADERS, ids=[m for _, m in BAD_HEADERS])
+def test_a_header_that_is_none(directory: Path, text: bytes, message: str) -> None:
+    (directory / "model.safetensors").write_bytes(files.join_header(text, b""))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(directory, "auto", None, None)
+
+
+def in_two_files(directory: Path) -> None:
+    (directory / "copy.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+
+
+def indexed(weight_map: object) -> Callable[[Path], None]:
+    return lambda directory: (directory / INDEX).write_text(json.dumps({"weight_map": weight_map})) and None
+
+
+def index_is_a_loop(directory: Path) -> None:
+    indexed({"a": "loop.safetensors"})(directory)
+    (directory / "loop.safetensors").symlink_to("loop.safetensors")
+
+
+def index_names_a_directory(directory: Path) -> None:
+    indexed({"a": "model-1.safetensors"})(directory)
+    (directory / "model-1.safetensors").mkdir()
+
+
+BAD_INDEXES: list[tuple[Callable[[Path], object], str]] = [
+    (in_two_files, r"tensor '\S+' is also in copy.safetensors"),
+    (indexed({"a": INDEX}), rf"{INDEX}: damaged or truncated"),  # the index as one of its own files
+    (index_is_a_loop, "loop.safetensors: the file is missing"),
+    (index_names_a_directory, "model-1.safetensors: the file is missing"),
+    (indexed({"a": "model.safetensors"}), "tensor 'a' is not in model.safetensors"),
+    (indexed({f"{LAYER}.qweight": "model.safetensors"}), r"tensor '\S+' is missing from model.safetensors"),
+    (indexed({}), "expected a JSON object with 'weight_map'"),
+    (indexed(["model.safetensors"]), "expected a JSON object with 'weight_map'"),
+    (indexed({"a": 7}), "7 is not the name of a file in this directory"),
+    (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'), "'a' is there twice"),
+    (lambda d: (d / INDEX).write_text('{"weight_map": ' * 100_000), "damaged or truncated JSON"),
+    (lambda d: (d / INDEX).write_bytes(b"\xff\xff"), "damaged or truncated JSON"),
+]
+
+
+@pytest.mark.parametrize("spoil, message", BAD_INDEXES, ids=[m for _, m in BAD_INDEXES])
+def test_a_bad_index(directory: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(directory)
+    with pytest.raises(ValueError, match=message):
+        read_all(directory)
+
+
+OUTSIDE = [
+    "../secret.safetensors",
+    "/etc/passwd",
+    "sub/model.safetensors",
+    "",
+    ".",
+    "..",
+    "a\0b",
+    "./model.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_leads_nowhere_else(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Refused by its name: nothing that it names is opened."""
+    (directory.parent / "secret.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    indexed({"a": name})(directory)
+    opened: list[object] = []
+    monkeypatch.setattr(os, "open", lambda path, *_: opened.append(path))
+    with pytest.raises(ValueError, match=r"is not the name of a file in this directory|the file is missing"):
+        open_checkpoint(directory, "auto", None, None)
+    assert not opened
+
+
+NAN_SCALES = {
+    "gptq": (files.gptq(False), "scales"),
+    "awq": (files.awq(), "scales"),
+    "w8a8": (files.compressed("int-quantized", 0, True), "weight_scale"),
+    "w4a16": (files.compressed("pack-quantized", 32, False), "weight_scale"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+@pytest.mark.parametrize("name", NAN_SCALES)
+def test_a_scale_that_is_not_finite(tmp_path: Path, name: str, dtype: str, value: float) -> None:
+    (config, linear), scale = NAN_SCALES[name]
+
+    def with_nan(n: int, k: int) -> files.Linear:
+        parts, matrix = linear(n, k)
+        parts[scale][-1, -1] = value
+        return parts, matrix
+
+    files.write_directory(tmp_path, config, with_nan)
+    message = rf"model.safetensors: tensor 'model\S+.{scale}' has values that are not finite"
+    with pytest.raises(ValueError, match=message):
+        load_model(open_checkpoint(tmp_path, "auto", None, None), RunConfig(dtype=dtype), SingleGroup())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16"])
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q6_K], ids=lambda k: k.name)
+def test_a_gguf_scale_that_is_not_finite(tmp_path: Path, kind: Kind, dtype: str) -> None:
+    path = tmp_path / "model.gguf"
+    files.write_gguf(path, kind)
+    tensor = read_header(RawFile(path))[1]["blk.0.ffn_up.weight"]
+    data = bytearray(path.read_bytes())
+    at = tensor.offset + (208 if kind == Kind.Q6_K else 0)  # Q6_K has its scale at the end of 210 bytes
+    data[at : at + 2] = b"\x00\x7e"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.gguf: tensor 'blk.0.ffn_up.weight' has \w+ that are not finite"):
+        load_model(open_checkpoint(path, "auto", None, None), RunConfig(dtype=dtype), SingleGroup())
+
+
+def test_gguf_duplicates_and_unknown_types(gguf_file: Path) -> None:
+    whole = gguf_file.read_bytes()
+    cases = [
+        (b"blk.0.ffn_up.weight", b"blk.0.ffn_up.weighs", r"the field|tensor 'blk.0.ffn_up.weight' is missing"),
+        (b"blk.0.attn_k.weight", b"blk.0.attn_q.weight", r"tensor 'blk.0.attn_q.weight' is there twice"),
+        (b"llama.block_count", b"llama.context_len", r"'llama.block_count' is missing"),
+    ]
+    for old, new, message in cases:
+        assert whole.count(old) == 1 and len(old) == len(new)
+        gguf_file.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            read_all(gguf_file)
+
+
+def test_a_file_that_shrinks_while_it_is_open(directory: Path) -> None:
+    checkpoint = open_checkpoint(directory, "auto", None, None)
+    path = directory / "model.safetensors"
+    os.truncate(path, header_size(path) + 10)
+    with pytest.raises(ValueError, match=r"model.safetensors: the file ends at \d+ bytes"):
+        checkpoint.read("lm_head.weight", torch.float32)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(files.CONFIG))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"no .safetensors file; pickled weights .* can run code"):
+        open_checkpoint(tmp_path, "auto", None, None)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: pickled weights are not read, they can run code"):
+        open_checkpoint(tmp_path / "pytorch_model.bin", "auto", None, None)
