@@ -46,6 +46,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
     parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=comm.DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="end the job when a rank keeps others waiting longer, seconds; 600 while loading (default: %(default)s)",
+    )
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
@@ -62,7 +69,7 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
-        group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
+        group=group, capture=args.capture, timeout_s=args.timeout, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 

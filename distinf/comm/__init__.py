@@ -10,6 +10,18 @@ import torch
 
 from distinf.comm.mpi import MPIGroup
 from distinf.comm.single import SingleGroup
+from distinf.comm.watchdog import DEFAULT_TIMEOUT_S, LOADING_TIMEOUT_S
+
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_TIMEOUT_S",
+    "LOADING_TIMEOUT_S",
+    "Group",
+    "InputError",
+    "agreed",
+    "init",
+    "launched_rank",
+]
 
 T = TypeVar("T")
 
@@ -25,11 +37,18 @@ class InputError(ValueError):
 
 
 class Group(Protocol):
-    """All ranks of the job. Every method but abort is collective: each rank calls it, in the same order."""
+    """All ranks of the job. Every method but begin and abort is collective: each rank calls it, in the same order."""
 
     name: str
     rank: int
     world_size: int
+    timeout_s: float  # longest wait for other ranks in one call; a longer one ends the job, with status 1
+
+    def begin(self, step: str, at_least_s: float = 0) -> None:
+        """This rank is at `step` from here on: a name for the message of a wait that is too long. Not collective.
+
+        A wait may last `timeout_s`, or `at_least_s` where that is longer.
+        """
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         """Sum fp32 x over ranks, in place, the same bits on every rank."""

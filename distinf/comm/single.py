@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from distinf.comm.watchdog import DEFAULT_TIMEOUT_S
+
 
 class SingleGroup:
     """See distinf.comm.Group."""
@@ -14,6 +16,10 @@ class SingleGroup:
     name = "single"
     rank = 0
     world_size = 1
+    timeout_s = DEFAULT_TIMEOUT_S
+
+    def begin(self, step: str, at_least_s: float = 0) -> None:
+        pass
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         pass

@@ -10,6 +10,8 @@
 
 namespace py = pybind11;
 using namespace distinf;
+// What takes long gives the interpreter to the watchdog (distinf/comm/watchdog.py) meanwhile.
+using NoLock = py::call_guard<py::gil_scoped_release>;
 
 namespace {
 
@@ -123,13 +125,14 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
-      .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
-      .def("pack", &pack_weight)
-      .def("linear", &linear)
+      .def(
+          "replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); }, NoLock())
+      .def("pack", &pack_weight, NoLock())
+      .def("linear", &linear, NoLock())
       .def("rms_norm", &rms_norm)
       .def("rope", &rope)
       .def("kv_append", &kv_append)
-      .def("attention", &attention)
+      .def("attention", &attention, NoLock())
       .def("silu_mul", &silu_mul)
       .def("embedding", &embedding)
       .def("peak_tops", &peak_tops, py::arg("int8"), py::arg("repeats"));
