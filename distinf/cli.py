@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
-from distinf.config import COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
+from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
 from distinf.engine import Sequence
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
-    parser.add_argument("--head-dtype", metavar="DTYPE", help="weights of the head (default: as --dtype)")
+    parser.add_argument("--head-dtype", metavar="DTYPE", help="of the head (default: as --dtype; int8 for w8a8)")
     parser.add_argument(
         "--group-size",
         type=int,
@@ -52,6 +52,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=comm.DEFAULT_TIMEOUT_S,
         metavar="S",
         help="end the job when a rank keeps others waiting longer, seconds; 600 while loading (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
     )
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
@@ -221,7 +224,7 @@ def run_ranks(parser: argparse.ArgumentParser, argv: list[str] | None = None) ->
     try:
         args = parser.parse_args(argv)
         try:
-            group = comm.init(args.comm)
+            group = comm.init(args.comm, getattr(args, "comm_dtype", "fp32"))
         except ValueError as error:
             raise InputError(str(error)) from None
         args.run(args, group)

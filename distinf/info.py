@@ -43,7 +43,7 @@ def _cores(cpus: tuple[int, ...]) -> str:
 
 def _versions() -> list[str]:
     found = [f"distinf {__version__}", f"python {platform.python_version()}"]
-    for package in ("torch", "mpi4py", "impi-rt", "transformers", "safetensors", "gguf", ipex.PACKAGE):
+    for package in ("torch", "mpi4py", "impi-rt", "oneccl-cpu", "transformers", "safetensors", "gguf", ipex.PACKAGE):
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

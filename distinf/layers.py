@@ -40,12 +40,9 @@ class RowParallelLinear:
     kernels: Kernels
     group: Group
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, k_local] -> fp32 [T, n], the same on every rank."""
-        y = self.kernels.linear(x, self.linear.weight, self.linear.bias, torch.float32)
-        if self.group.world_size > 1:
-            self.kernels.host_call(self.group.all_reduce_, y)
-        return y
+    def __call__(self, x: torch.Tensor) -> Any:
+        """x [T, k_local] -> fp32 [T, n], for RMSNorm's `add_` or kernels.settle: see Kernels.partial_linear."""
+        return self.kernels.partial_linear(x, self.linear.weight, self.linear.bias, self.group)
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ class RMSNorm:
     eps: float
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, add_: torch.Tensor | None = None) -> torch.Tensor:
-        """x fp32 [T, hidden] += add_, then its norm in act_dtype."""
+    def __call__(self, x: torch.Tensor, add_: Any = None) -> torch.Tensor:
+        """x fp32 [T, hidden] += add_ (a tensor, or what RowParallelLinear gave), then its norm in act_dtype."""
         return self.kernels.rms_norm(x, self.weight, self.eps, add_)
 
 
@@ -74,8 +71,8 @@ class Attention:
     window: int
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """x [T, hidden] act_dtype -> fp32 [T, hidden]; appends keys and values to the cache."""
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> Any:
+        """x [T, hidden] act_dtype -> what `o` gives; appends keys and values to the cache."""
         n, n_kv = len(self.heads), len(self.kv_heads)
         qkv = self.qkv(x).unflatten(1, (n + 2 * n_kv, self.head_dim)) if n else x.new_empty(len(x), 0, self.head_dim)
         if n:
@@ -94,6 +91,6 @@ class MLP:
     down: RowParallelLinear
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, hidden] act_dtype -> fp32 [T, hidden]."""
+    def __call__(self, x: torch.Tensor) -> Any:
+        """x [T, hidden] act_dtype -> what `down` gives."""
         return self.down(self.kernels.silu_mul(self.gate_up(x)))

@@ -137,14 +137,14 @@ class LLM:
     ) -> None:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
-        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
-        and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
-        number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights of the shape in
-        `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture` False
-        runs decode steps eagerly instead of replaying a recorded one. A rank that keeps others waiting longer than
-        `timeout_s` (ten minutes while loading and between two calls) ends the job. With `kv_tokens`, the tokens of all
-        sequences of a call together, a KV cache that does not fit is refused before loading. `progress` shows
-        a loading bar on stderr.
+        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same, int8 for w8a8);
+        `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache.
+        `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights
+        of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given.
+        `capture` False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the
+        tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
+        A rank that keeps others waiting longer than `timeout_s` (ten minutes while loading and between two calls)
+        ends the job. `progress` shows a loading bar on stderr.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """

@@ -175,9 +175,10 @@ def check_attention(
     expected = _reference(torch.float32).attention(q.float(), cache, batch, group, offset, window)
     y = kernels.attention(q, cache, batch, group, offset, window)
     tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window)
-    if _rounds_on_the_way(kernels):  # the probabilities to bf16
+    rounding = _rounding_of_weights(kernels, max(new) * min(group, heads))
+    if rounding:
         sizes = replace(cache, v=cache.v.abs())
-        tolerance += BF16_ULP * _reference(torch.float32).attention(q.float(), sizes, batch, group, offset, window)
+        tolerance += rounding * _reference(torch.float32).attention(q.float(), sizes, batch, group, offset, window)
     assert ((y.float() - expected).abs() <= tolerance).all(), (y.float() - expected).abs().max()
     assert torch.equal(kernels.attention(q, cache, batch, group, offset, window), y), "not the same twice"
 
@@ -235,6 +236,16 @@ def _rounds_on_the_way(kernels: Any) -> bool:
     return bool(kernels.name == "ipex")
 
 
+def _rounding_of_weights(kernels: Any, queries: int) -> float:
+    """What attention changes a softmax weight by, relatively, on its way to the product with the values.
+
+    `queries` of a sequence share a KV head. AMX tiles (csrc/attention_amx.cpp) round to the nearest bf16.
+    """
+    if kernels.isa == "amx" and queries > 8:
+        return BF16_ULP / 2
+    return BF16_ULP if _rounds_on_the_way(kernels) else 0.0
+
+
 def _reference(dtype: torch.dtype) -> ReferenceKernels:
     return ReferenceKernels(dtype, threads=1)
 
@@ -258,11 +269,14 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     dict(lengths=[140], new=[3], heads=71, group=71, offset=0, head_dim=32, window=0),
     dict(lengths=[500], new=[200], heads=6, group=3, offset=0, head_dim=64, window=100),
     dict(lengths=[400, 90, 9, 130], new=[1, 80, 1, 130], heads=5, group=4, offset=3, head_dim=64, window=0),
+    # Most queries that attention_amx.cpp leaves to vectors, and fewest that it does not.
+    dict(lengths=[100], new=[8], heads=1, group=1, offset=0, head_dim=64, window=0),
+    dict(lengths=[100], new=[9], heads=1, group=1, offset=0, head_dim=64, window=40),
 ]
 KV_DTYPES = [torch.bfloat16, torch.int8]
 
 
-def check_everything(kernels: Any) -> None:
+def check_linears(kernels: Any) -> None:
     """Every case, for a process of its own."""
     for m, n, k in LINEAR_SHAPES:
         check_linear(kernels, m, n, k, bias=False, out_dtype=torch.float32)
@@ -270,6 +284,11 @@ def check_everything(kernels: Any) -> None:
     for form in QUANTISED:
         for m, n, k in QUANTISED_SHAPES:
             check_quantised_linear(kernels, form, m, n, k, bias=m % 2 == 0)
-    for case in ATTENTION_CASES:
-        for kv_dtype in KV_DTYPES:
+
+
+def check_attentions(kernels: Any) -> None:
+    """Every case, for a process of its own."""
+    for kv_dtype in KV_DTYPES:
+        for case in ATTENTION_CASES:
             check_attention(kernels, **case, kv_dtype=kv_dtype)
+        check_causality(kernels, kv_dtype)

@@ -51,20 +51,19 @@ def test_a_timeout_is_a_positive_number(value: float) -> None:
 
 
 def test_a_wait_in_native_code_has_the_same_end() -> None:
-    """Seen through a probe; no launcher, and an `abort` that hangs."""
+    """No launcher, and an `abort` that hangs."""
     script = (
-        "import time; from distinf.comm.watchdog import Progress, Watchdog\n"
+        "import time; from types import SimpleNamespace; from distinf.comm.watchdog import Place, Progress, Watchdog\n"
         "progress = Progress(); progress.timeout_s = 1.0; progress.begin('decode step 4')\n"
-        "watchdog = Watchdog(0, ['here', 'there'], progress, None, lambda: time.sleep(60))\n"
-        "begin = time.monotonic()\n"
-        "watchdog.probes.append(lambda: (time.monotonic() - begin, 'all-reduce', [1]))\n"
+        "progress.native = SimpleNamespace(count=5, waiting=lambda: (0.1, []))\n"
+        "answers = [progress.place(), Place(4, '', 'decode step 4')]\n"
+        "watchdog = Watchdog(0, ['here', 'there'], progress, lambda timeout_s: answers, lambda: time.sleep(60))\n"
         "time.sleep(60)"
     )
     done = run([sys.executable, "-c", script], timeout_s=50)
     assert done.status == 1
-    assert done.stderr == (
-        "distinf: rank 1 on there did not arrive at all-reduce (decode step 4) within 1 s; rank 0 on here waited\n"
-    )
+    where = "all-reduce (collective 5, decode step 4)"
+    assert done.stderr == f"distinf: rank 1 on there did not arrive at {where} within 1 s; rank 0 on here waited\n"
 
 
 @pytest.fixture(autouse=True)

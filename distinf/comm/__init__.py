@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from distinf.comm.ccl import CclGroup
 from distinf.comm.mpi import MPIGroup
+from distinf.comm.shm import NoSharedMemory, ShmCclGroup, ShmGroup
 from distinf.comm.single import SingleGroup
 from distinf.comm.watchdog import DEFAULT_TIMEOUT_S, LOADING_TIMEOUT_S
 
@@ -22,10 +25,21 @@ __all__ = [
     "init",
     "launched_rank",
 ]
+from distinf.comm.torch_ccl import TorchCclGroup
+from distinf.kernels import native
 
 T = TypeVar("T")
 
-BACKENDS: dict[str, Callable[[], Group]] = {"single": SingleGroup, "mpi": MPIGroup}
+# Made with one argument: whether partial sums travel as bf16.
+BACKENDS: dict[str, Callable[[bool], Group]] = {
+    "single": SingleGroup,
+    "mpi": MPIGroup,
+    "shm": ShmGroup,
+    "shm+ccl": ShmCclGroup,
+    "ccl": CclGroup,
+    "torch-ccl": TorchCclGroup,
+}
+WIRE_DTYPES = ("fp32", "bf16")
 
 # What launchers leave in the environment of a rank: Intel MPI and MPICH (also under srun --mpi=pmi2), PMIx
 # (srun --mpi=pmix), Open MPI.
@@ -49,6 +63,8 @@ class Group(Protocol):
 
         A wait may last `timeout_s`, or `at_least_s` where that is longer.
         """
+
+    native: Any  # distinf.kernels.native.AllReduce, which a recorded decode step may contain, or None
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         """Sum fp32 x over ranks, in place, the same bits on every rank."""
@@ -80,18 +96,28 @@ def launched_rank() -> int | None:
     return None
 
 
-def init(name: str = "auto") -> Group:
-    """The group of this job by `--comm`: auto takes mpi under a launcher and single without one.
+def init(name: str = "auto", wire_dtype: str = "fp32") -> Group:
+    """The group of this job by `--comm` and `--comm-dtype`.
 
-    Raises ValueError for an unknown name, for mpi without a usable MPI library, and under srun without PMI.
+    auto takes single without a launcher; under one, shared memory inside each node and MPI between nodes, or MPI
+    alone, with a warning, where there is no memory to share. Raises ValueError for an unknown name, without the
+    libraries that a backend needs, and under srun without PMI.
     """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"--comm {name!r} is unknown; expected auto or one of {', '.join(BACKENDS)}")
+    if wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"--comm-dtype {wire_dtype!r} is unknown; expected one of {', '.join(WIRE_DTYPES)}")
     if name == "auto":
         if launched_rank() is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             raise ValueError("srun started several tasks without telling them of each other; use srun --mpi=pmi2")
-        name = "single" if launched_rank() is None else "mpi"
-    if name not in BACKENDS:
-        raise ValueError(f"--comm {name!r} is unknown; expected auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+        name = "single" if launched_rank() is None else "shm" if native.AVAILABLE else "mpi"
+    try:
+        return BACKENDS[name](wire_dtype == "bf16")
+    except NoSharedMemory as error:
+        group = MPIGroup(wire_dtype == "bf16")
+        if group.rank == 0:
+            logging.getLogger(__name__).warning("distinf: no shared memory, --comm mpi is used: %s", error)
+        return group
 
 
 def agreed(group: Group, work: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import socket
 import sys
@@ -13,26 +14,29 @@ import torch
 from distinf.comm.roll_call import RollCall
 from distinf.comm.startup import start_mpi
 from distinf.comm.watchdog import LOADING_TIMEOUT_S, Progress, Watchdog
+from distinf.kernels import native
 
 
 class MPIGroup:
-    """See distinf.comm.Group."""
+    """See distinf.comm.Group. The base of the groups that only sum in another way."""
 
     name = "mpi"
 
-    def __init__(self) -> None:
-        """Join all ranks. Raises ValueError when no MPI library can be loaded, or not the launcher's."""
+    def __init__(self, wire_bf16: bool = False) -> None:
+        """Join all ranks; `wire_bf16`: partial sums travel as bf16. Raises ValueError without the launcher's MPI."""
         try:
             self._mpi = start_mpi()
         except (ImportError, RuntimeError) as error:
-            raise ValueError(f"--comm mpi: no usable MPI library ({error}); install impi-rt") from None
+            raise ValueError(f"--comm {self.name}: no usable MPI library ({error}); install impi-rt") from None
         self._comm = self._mpi.COMM_WORLD
         self.rank = self._comm.Get_rank()
         self.world_size = self._comm.Get_size()
         launched = int(os.environ.get("PMI_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", 1)))
         if self.world_size == 1 < launched:
             library = self._mpi.Get_library_version().splitlines()[0]
-            raise ValueError(f"--comm mpi: {launched} ranks were started by a launcher of another MPI than {library}")
+            raise ValueError(
+                f"--comm {self.name}: {launched} ranks were started by a launcher of another MPI than {library}"
+            )
         hosts = self._comm.allgather(socket.gethostname())
         self._waiting = Progress()
         asks = self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
@@ -46,6 +50,43 @@ class MPIGroup:
         )
         self._last = self._comm.Dup()
         atexit.register(self._leave)
+        with self._waiting("start of collectives"):
+            self.native = self._all_reduce(wire_bf16)
+        self._waiting.native = self.native
+
+    def _all_reduce(self, wire_bf16: bool) -> Any:
+        """What sums over ranks inside a recorded step; None without the extension. Collective."""
+        if native.AVAILABLE:
+            return self._alone(wire_bf16, self._calls(self._comm))
+        if wire_bf16:
+            raise ValueError("--comm-dtype bf16 needs the native extension; run `pip install .`")
+        return None
+
+    def _alone(self, wire_bf16: bool, calls: Any) -> Any:
+        """This rank as a node of its own: everything goes through `calls`."""
+        self._memory = torch.zeros(native.AllReduce.memory_bytes(1), dtype=torch.uint8)
+        return native.AllReduce(self._memory.data_ptr(), 0, 1, wire_bf16, True, calls)
+
+    def _calls(self, comm: Any) -> Any:
+        """The MPI library's own functions and handles, for native code: csrc/inter_node.h. Collective over `comm`."""
+        library = ctypes.CDLL(self._mpi.__file__)  # and what it is linked to
+        mpi, own = self._mpi, comm.Dup()
+        own.Set_errhandler(mpi.ERRORS_ARE_FATAL)  # a failure in the middle of a step leaves nothing to go on with
+        return native.MpiCalls(
+            all_reduce=ctypes.cast(library.MPI_Allreduce, ctypes.c_void_p).value or 0,
+            all_gather=ctypes.cast(library.MPI_Allgather, ctypes.c_void_p).value or 0,
+            in_place=int(mpi.IN_PLACE) % 2**64,  # an address: -1 in MPICH's ABI, 1 in Open MPI's
+            comm=mpi._handleof(own),
+            fp32=mpi._handleof(mpi.FLOAT),
+            byte=mpi._handleof(mpi.BYTE),
+            sum=mpi._handleof(mpi.SUM),
+            nodes=own.Get_size(),
+        )
+
+    @property
+    def over_open_mpi(self) -> bool:
+        """Whether the MPI library is Open MPI; else it is Intel MPI or MPICH."""
+        return "Open MPI" in self._mpi.Get_library_version()
 
     @property
     def timeout_s(self) -> float:
@@ -60,6 +101,11 @@ class MPIGroup:
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         assert x.dtype == torch.float32 and x.is_contiguous()
+        if self.native:
+            self.native.sum_(
+                x.data_ptr(), x.numel()
+            )  # what it waits for, the watchdog sees through `count` and `waiting`
+            return
         with self._waiting("all-reduce"):
             self._comm.Allreduce(self._mpi.IN_PLACE, x.numpy(), op=self._mpi.SUM)
 

@@ -21,6 +21,11 @@ class SingleGroup:
     def begin(self, step: str, at_least_s: float = 0) -> None:
         pass
 
+    native = None
+
+    def __init__(self, wire_bf16: bool = False) -> None:
+        """Nothing travels: `wire_bf16` has no effect."""
+
     def all_reduce_(self, x: torch.Tensor) -> None:
         pass
 

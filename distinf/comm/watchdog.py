@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 DEFAULT_TIMEOUT_S = 60.0
 LOADING_TIMEOUT_S = 600.0  # one rank's disk may be that much slower than another's
@@ -34,6 +35,7 @@ class Progress:
         self.step = ""
         self.timeout_s = DEFAULT_TIMEOUT_S  # `--timeout`
         self.deadline_s = LOADING_TIMEOUT_S  # of the present step
+        self.native: Any = None  # distinf.kernels.native.AllReduce, which counts and waits inside a replayed step
         self._number = 0
         self._wait = ""
 
@@ -44,7 +46,10 @@ class Progress:
 
     def place(self) -> Place:
         """Of this rank, now."""
-        return Place(self._number, self._wait, self.step)
+        if self.native is None:
+            return Place(self._number, self._wait, self.step)
+        wait = self._wait or ("all-reduce" if self.native.waiting()[0] else "")
+        return Place(self._number + self.native.count, wait, self.step)
 
     def __call__(self, name: str) -> Progress:
         self._number += 1
@@ -56,11 +61,6 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._wait = ""
-
-
-# A wait that this process makes outside `Progress`, in native code: None while there is none, else how long it has
-# lasted in seconds, the collective's name and the ranks that have not arrived. Called from the watchdog's thread.
-Probe = Callable[[], tuple[float, str, list[int]] | None]
 
 
 class Watchdog:
@@ -77,7 +77,6 @@ class Watchdog:
         """`hosts`: of every rank. `roll_call(seconds)`: the place of every rank, None where no answer came; None
         when the ranks cannot be asked. `abort` ends the others; it may hang.
         """
-        self.probes: list[Probe] = []
         self._rank, self._hosts, self._progress = rank, hosts, progress
         self._roll_call, self._abort = roll_call, abort
         self._stopped = threading.Event()
@@ -112,11 +111,6 @@ class Watchdog:
             before = place
             if waited_s > self._progress.deadline_s:
                 self._overdue(place)
-            for probe in self.probes:
-                found = probe()
-                if found and found[0] > self._progress.deadline_s:
-                    _, name, missing = found
-                    self._report([(rank, "") for rank in missing], name, self._progress.step)
 
     def _overdue(self, place: Place) -> None:
         answers = self._roll_call(_ROLL_CALL_S) if self._roll_call else None

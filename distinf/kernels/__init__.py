@@ -14,6 +14,7 @@ import torch
 
 from distinf.kernels import ipex, native
 from distinf.kernels.formats import Format
+from distinf.kernels.ranks import Ranks
 from distinf.kernels.reference import ReferenceKernels
 
 
@@ -64,12 +65,20 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """x [T, k] act_dtype -> x . weight^T + bias: [T, n] in out_dtype (act_dtype or fp32); bias fp32 [n]."""
 
-    def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> Any:
+        """x . weight^T + bias summed over `ranks`, fp32 [T, n], as rms_norm takes it for `add_`; `settle` gives it out.
+
+        The sum may be formed only when it is read, so one such result is used up before the next is made.
+        """
+
+    def settle(self, y: Any) -> torch.Tensor:
+        """What partial_linear returned, as a tensor: fp32 [T, n], the same bits on every rank."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: Any = None) -> torch.Tensor:
         """x fp32 [T, hidden] += add_ (when given), then x / sqrt(mean(x^2) + eps) * weight: act_dtype.
 
-        weight is fp32 [hidden]. Zhang and Sennrich, arXiv 1910.07467.
+        add_ is fp32 [T, hidden] or what partial_linear gave; weight is fp32 [hidden]. Zhang and Sennrich, arXiv
+        1910.07467.
         """
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

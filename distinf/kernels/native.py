@@ -11,9 +11,13 @@ import torch
 
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format
+from distinf.kernels.ranks import Ranks
 
 try:
     from distinf.kernels import _native
+    from distinf.kernels._native import AllReduce as AllReduce
+    from distinf.kernels._native import MpiCalls as MpiCalls
+    from distinf.kernels._native import ReduceCalls as ReduceCalls
 
     _MISSING = ""
 except ImportError as error:  # a source tree that was never built
@@ -31,6 +35,9 @@ def available_isas() -> list[str]:
     if _MISSING:
         return []
     return [name for name in _LEVELS if _native.isa_available(getattr(_native.Isa, name))]
+
+
+AVAILABLE = bool(available_isas())
 
 
 def best_isa() -> str | None:
@@ -66,6 +73,15 @@ class NativeWeight:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes if self.packed else 0
+
+
+@dataclass(frozen=True)
+class PartialSum:
+    """fp32 [rows, n] to be: every rank's part lies in its slot, and who reads it adds them up."""
+
+    rows: int
+    n: int
+    all_reduce: AllReduce
 
 
 class NativeStep:
@@ -159,14 +175,43 @@ class NativeKernels:
             )
         return out
 
+    def partial_linear(
+        self, x: torch.Tensor, weight: NativeWeight, bias: torch.Tensor | None, ranks: Ranks
+    ) -> torch.Tensor | PartialSum:
+        rows, n = len(x), weight.n
+        fits = ranks.native is not None and rows * n <= AllReduce.CAPACITY
+        if fits and weight.packed:
+            self._rt.partial_linear(x.data_ptr(), x.stride(0), weight.packed, _address(bias), rows, ranks.native)
+            return PartialSum(rows, n, ranks.native)
+        if fits and bias is None:
+            self._rt.partial_zeros(rows * n, ranks.native)
+            return PartialSum(rows, n, ranks.native)
+        y = self.linear(x, weight, bias, FP32)
+        if ranks.native is not None:
+            self._rt.all_reduce(ranks.native, y.data_ptr(), y.numel())
+        elif ranks.world_size > 1:
+            self.host_call(ranks.all_reduce_, y)
+        return y
+
+    def settle(self, y: torch.Tensor | PartialSum) -> torch.Tensor:
+        if isinstance(y, torch.Tensor):
+            return y
+        out = self._new(y.rows, y.n, dtype=FP32)
+        self._rt.settle(y.all_reduce, out.data_ptr(), out.numel())
+        return out
+
     def rms_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | PartialSum | None = None
     ) -> torch.Tensor:
         assert x.dtype == weight.dtype == FP32 and x.is_contiguous() and weight.shape == x.shape[1:]
-        assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
         out = self._new(*x.shape)
-        rows, n = x.shape
-        self._rt.rms_norm(x.data_ptr(), _address(add_), weight.data_ptr(), out.data_ptr(), rows, n, eps)
+        rest = weight.data_ptr(), out.data_ptr(), *x.shape, eps
+        if isinstance(add_, PartialSum):
+            assert x.shape == (add_.rows, add_.n)
+            self._rt.all_reduce_rms_norm(x.data_ptr(), add_.all_reduce, *rest)
+        else:
+            assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
+            self._rt.rms_norm(x.data_ptr(), _address(add_), *rest)
         return out
 
     def rope_(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format, quantise, quantise_activations
+from distinf.kernels.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,14 @@ class ReferenceKernels:
         digits = weight.form.digits
         x = quantise_activations(x, digits) if digits and x.numel() else x.float()
         return F.linear(x, weight.data.float(), bias).to(out_dtype or self.act_dtype)
+
+    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
+        y = self.linear(x, weight, bias, torch.float32)
+        ranks.all_reduce_(y)
+        return y
+
+    def settle(self, y: torch.Tensor) -> torch.Tensor:
+        return y
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | None = None

@@ -116,7 +116,7 @@ class Block:
     post_norm: RMSNorm
     mlp: MLP
 
-    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None, batch: Batch, cache: LayerCache) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, delta: Any, batch: Batch, cache: LayerCache) -> Any:
         """x fp32 [T, hidden] takes in what the layer before left to add; returns what this one leaves."""
         attended = self.attention(self.input_norm(x, delta), batch, cache)
         return self.mlp(self.post_norm(x, attended))

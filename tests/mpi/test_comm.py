@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from distinf import comm
-from distinf.comm import Group, InputError, agreed
+from distinf.comm import Group, InputError, agreed, segment
+from distinf.comm.shm import ShmCclGroup, ShmGroup
+from distinf.kernels import Placement, load, native
+from distinf.kernels.formats import FORMATS
+from tests.conftest import need
+
+needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+
+
+class PairsAreNodes:
+    """Ranks 0 and 1 on one node, the next two on another: two levels, on whatever machine this is."""
+
+    _comm: Any
+    rank: int
+
+    def _node(self) -> Any:
+        return self._comm.Split(self.rank // 2, self.rank)
+
+
+class Pairs(PairsAreNodes, ShmGroup):
+    pass
+
+
+class PairsOverCcl(PairsAreNodes, ShmCclGroup):
+    pass
+
+
+PAIRS: dict[str, type[ShmGroup]] = {"pairs": Pairs, "pairs+ccl": PairsOverCcl}
 
 
 @pytest.fixture(scope="module")
@@ -14,15 +46,145 @@ def group() -> Group:
     return comm.init()
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 2048), (300, 576)])
-def test_all_reduce_sums_and_every_rank_has_the_same_bits(group: Group, shape: tuple[int, ...]) -> None:
-    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(r)) for r in range(group.world_size)]
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (kind, wire), marks=[] if kind == "mpi" and wire == "fp32" else needs_extension, id=f"{kind}-{wire}"
+        )
+        for kind in ("mpi", "shm", "pairs", "ccl", "pairs+ccl", "torch-ccl")
+        for wire in ("fp32", "bf16")
+    ],
+)
+def wired(request: pytest.FixtureRequest) -> tuple[Group, str]:
+    """A group that sums in one of the ways, and what its partial sums are rounded to."""
+    kind, wire = request.param
+    need(kind.removeprefix("pairs+"))
+    return (PAIRS[kind](wire == "bf16") if kind in PAIRS else comm.init(kind, wire)), wire
+
+
+def parts_of(group: Group, *shape: int, seed: int = 0) -> list[torch.Tensor]:
+    """What each rank has to add."""
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(97 * seed + r)) for r in range(group.world_size)]
+
+
+def assert_sum(group: Group, x: torch.Tensor, parts: list[torch.Tensor], wire: str) -> None:
+    """Each rounding, of a part or of a sum of some, errs by half a unit of the parts' magnitudes together; bf16
+    parts are rounded when they leave a rank, when a node's are added, and when the nodes' are.
+    """
+    magnitude = torch.stack(parts).double().abs().sum(0)
+    unit = 3 * 2.0**-8 if wire == "bf16" else len(parts) * 2.0**-24
+    error = (x.double() - torch.stack(parts).double().sum(0)).abs()
+    assert (error <= 1.01 * unit * magnitude).all(), (error.max(), group.name)
+    assert all(torch.equal(other, x) for other in group.all_gather(x))
+
+
+# The last ones are longer than a slot, and no multiple of one.
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (4, 2048), (40, 2048), (300, 2047)])
+def test_all_reduce_sums_and_every_rank_has_the_same_bits(wired: tuple[Group, str], shape: tuple[int, ...]) -> None:
+    group, wire = wired
+    parts = parts_of(group, *shape)
     x = parts[group.rank].clone()
     group.all_reduce_(x)
-    exact = torch.stack(parts).double().sum(0)
-    torch.testing.assert_close(x.double(), exact, rtol=0, atol=group.world_size * 2**-22)
-    everyone = group.all_gather(x)
-    assert all(torch.equal(other, x) for other in everyone)
+    assert_sum(group, x, parts, wire)
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [1, 2, 5, 700])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_partial_linear_is_summed_by_settle_and_by_the_norm(wired: tuple[Group, str], rows: int, threads: int) -> None:
+    """Eagerly and replayed, with changed input: the same bits."""
+    group, wire = wired
+    k, n = 32, 416
+    kernels = load("native", "auto", "bf16", Placement((-1,) * threads, oversubscribed=True))
+    inputs = [x.bfloat16() for x in parts_of(group, rows, k, seed=1)]
+    weights = [w.bfloat16() for w in parts_of(group, n, k, seed=2)]
+    weight, x = kernels.pack(weights[group.rank], FORMATS["bf16"]), inputs[group.rank].clone()
+    stream, ones = torch.zeros(rows, n), torch.ones(n)
+
+    def forward() -> torch.Tensor:
+        kernels.rms_norm(stream, ones, 1e-5, kernels.partial_linear(x, weight, None, group))
+        return kernels.settle(kernels.partial_linear(x, weight, None, group))
+
+    step = kernels.record(forward)
+    eager, first = step.result.clone(), stream.clone()
+    x.zero_()
+    stream.zero_()
+    assert not step.replay().any() and not stream.any()
+    x.copy_(inputs[group.rank])
+    for _ in range(3):
+        stream.zero_()
+        assert torch.equal(step.replay(), eager) and torch.equal(stream, first) and torch.equal(first, eager)
+    # fp32 products of bf16 numbers: half a unit for each of k additions, far below a wire in bf16.
+    exact = [x.double() @ w.double().T for x, w in zip(inputs, weights, strict=True)]
+    magnitude = sum(x.double().abs() @ w.double().abs().T for x, w in zip(inputs, weights, strict=True))
+    unit = (k + 2 + len(exact)) * 2.0**-24 + (3 * 2.0**-8 if wire == "bf16" else 0)
+    assert ((eager.double() - sum(exact)).abs() <= 1.01 * unit * magnitude).all()
+    assert all(torch.equal(other, eager) for other in group.all_gather(eager))
+
+
+@needs_extension
+def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
+    group, _ = wired
+    kernels = load("native", "auto", "bf16", Placement((-1,), oversubscribed=True))
+    mine = group.rank == group.world_size - 1
+    x, w = torch.ones(2, 8 if mine else 0).bfloat16(), torch.ones(32, 8 if mine else 0).bfloat16()
+    for height in (0, 3):
+        bias = torch.full((32,), float(height)) if height and group.rank == 0 else None
+        y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group))
+        assert torch.equal(y, torch.full((2, 32), 8.0 + height))
+
+
+@pytest.mark.parametrize("name", ["mpi", "shm", "ccl"])
+def test_several_groups_at_once(name: str) -> None:
+    need(name)
+    first, second = comm.init(name), comm.init(name)
+    for each in (first, second, first):
+        x = torch.ones(5)
+        each.all_reduce_(x)
+        assert torch.equal(x, torch.full((5,), float(each.world_size)))
+
+
+@needs_extension
+@pytest.mark.parametrize("what", ["no directory", "no room", "another process"])
+def test_without_shared_memory_mpi_is_used_and_says_what_was_needed(
+    group: Group, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = group.rank == group.world_size - 1
+
+    def full(fd: int, begin: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "no directory":
+        monkeypatch.setattr(segment, "DIRECTORY", "/nowhere")
+    elif what == "no room" and last:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    elif what == "another process":
+        if group.world_size == 1:
+            pytest.skip("one rank opens nobody's memory")
+        monkeypatch.setattr(segment, "_identity", lambda fd: (0, group.rank))
+    other = comm.init("shm")
+    assert other.name == "mpi"
+    x = torch.ones(5)
+    other.all_reduce_(x)
+    assert torch.equal(x, torch.full((5,), float(group.world_size)))
+    if group.rank == 0:
+        (message,) = caplog.messages
+        needed = native.AllReduce.memory_bytes(group.world_size) / 1e6
+        expected = {
+            "no directory": "/nowhere",
+            "no room": f"{needed:.1f} MB are needed",
+            "another process": "do not see each other",
+        }[what]
+        assert "--comm mpi is used" in message and expected in message
+
+
+@needs_extension
+def test_shared_memory_has_no_name_that_could_stay(group: Group) -> None:
+    kept = comm.init("shm")
+    start = f"{kept._memory.data_ptr():x}-"
+    (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(start)]
+    assert kept.name == "shm" and segment.DIRECTORY in line and line.endswith("(deleted)")
 
 
 def test_all_gather_is_in_rank_order(group: Group) -> None:

@@ -2,7 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "activations.h"
+#include "all_reduce.h"
+#include "all_reduce_bindings.h"
 #include "gemm_amx.h"
 #include "pack.h"
 #include "roofline.h"
@@ -30,26 +34,84 @@ Weight pack_weight(Runtime& rt, uintptr_t src, int64_t stride, bool fp32, int64_
   return weight;
 }
 
-void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
-            int64_t out_stride, bool out_fp32, int64_t m) {
+LinearArgs linear_args(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, int64_t m) {
   const int workers = rt.team.size();
   rt.reserve_scratch(weight.bits == 16 ? amx_scratch_bytes(weight, workers)
                                        : quantised_scratch_bytes(weight, m, workers));
-  const LinearArgs args{at<const bf16>(x), x_stride, weight, at<const float>(bias), at<void>(out), out_stride,
-                        out_fp32,          m,        nullptr};
-  const auto kernel = weight.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised;
-  rt.execute([=, &rt](const Worker& w) {
-    LinearArgs with_scratch = args;
-    with_scratch.scratch = rt.scratch();
-    kernel(w, with_scratch);
+  return {at<const bf16>(x), x_stride, weight, at<const float>(bias), nullptr, weight.n, true, m, nullptr};
+}
+
+void run_linear(const Worker& w, Runtime& rt, LinearArgs args) {
+  args.scratch = rt.scratch();
+  (args.w.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised)(w, args);
+}
+
+void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
+            int64_t out_stride, bool out_fp32, int64_t m) {
+  LinearArgs args = linear_args(rt, x, x_stride, weight, bias, m);
+  args.out = at<void>(out);
+  args.out_stride = out_stride;
+  args.out_fp32 = out_fp32;
+  rt.execute([=, &rt](const Worker& w) { run_linear(w, rt, args); });
+}
+
+// Into the slot that is next when the operation runs.
+void partial_linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, int64_t m,
+                    AllReduce& group) {
+  LinearArgs args = linear_args(rt, x, x_stride, weight, bias, m);
+  args.out_fp32 = !group.bf16();
+  rt.execute([=, &rt, &group](const Worker& w) {
+    LinearArgs into_slot = args;
+    into_slot.out = group.slot();
+    run_linear(w, rt, into_slot);
   });
+}
+
+// What a rank without a part of the weight has to add.
+void partial_zeros(Runtime& rt, int64_t n, AllReduce& group) {
+  rt.execute([=, &group](const Worker& w) {
+    const int64_t width = group.bf16() ? 2 : 4;
+    std::memset(static_cast<char*>(group.slot()) + w.begin(n) * width, 0, (w.end(n) - w.begin(n)) * width);
+  });
+}
+
+void run_rms_norm(const Worker& w, Runtime& rt, RmsNormArgs args) {
+  args.squares = reinterpret_cast<float*>(rt.scratch());
+  rt.kernels.rms_norm(w, args);
 }
 
 void rms_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t out, int64_t rows, int64_t n,
               float eps) {
+  rt.reserve_scratch(norm_scratch_floats(rt.team.size()) * sizeof(float));
+  RmsNormArgs args{at<float>(x), {}, at<const float>(weight), at<bf16>(out), rows, n, eps, nullptr};
   rt.execute([=, &rt](const Worker& w) {
-    rt.kernels.rms_norm(w, at<float>(x), at<const float>(add), at<const float>(weight), at<bf16>(out), rows, n, eps);
+    RmsNormArgs with_add = args;
+    const void* data = at<const void>(add);
+    with_add.add = {&data, add ? 1 : 0, false};
+    run_rms_norm(w, rt, with_add);
   });
+}
+
+void all_reduce_rms_norm(Runtime& rt, uintptr_t x, AllReduce& group, uintptr_t weight, uintptr_t out, int64_t rows,
+                         int64_t n, float eps) {
+  rt.reserve_scratch(norm_scratch_floats(rt.team.size()) * sizeof(float));
+  RmsNormArgs args{at<float>(x), {}, at<const float>(weight), at<bf16>(out), rows, n, eps, nullptr};
+  rt.execute([=, &rt, &group](const Worker& w) {
+    RmsNormArgs with_add = args;
+    with_add.add = group.exchange(w, rt.kernels, rows * n);
+    run_rms_norm(w, rt, with_add);
+  });
+}
+
+// The sum of what all ranks have put into their slots.
+void settle(Runtime& rt, AllReduce& group, uintptr_t out, int64_t n) {
+  rt.execute([=, &rt, &group](const Worker& w) {
+    rt.kernels.sum_parts(group.exchange(w, rt.kernels, n), w.begin(n), w.end(n), at<float>(out), false);
+  });
+}
+
+void all_reduce(Runtime& rt, AllReduce& group, uintptr_t y, int64_t n) {
+  rt.execute([=, &rt, &group](const Worker& w) { group.sum(w, rt.kernels, at<float>(y), n); });
 }
 
 void rope(Runtime& rt, uintptr_t x, int64_t stride, uintptr_t cos, uintptr_t sin, int64_t rows, int64_t heads,
@@ -117,19 +179,23 @@ PYBIND11_MODULE(_native, m) {
                              max_blocks, rows};
           }));
 
-  py::class_<StepProgram>(m, "StepProgram").def(py::init<>()).def("__len__", &StepProgram::size);
+  bind_all_reduce(m);
+  py::class_<StepProgram>(m, "StepProgram").def(py::init<>());
 
   py::class_<Runtime>(m, "Runtime")
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
-      .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
-      .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
       .def(
           "replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); }, NoLock())
       .def("pack", &pack_weight, NoLock())
       .def("linear", &linear, NoLock())
+      .def("partial_linear", &partial_linear)
+      .def("partial_zeros", &partial_zeros)
       .def("rms_norm", &rms_norm)
+      .def("all_reduce_rms_norm", &all_reduce_rms_norm)
+      .def("settle", &settle)
+      .def("all_reduce", &all_reduce)
       .def("rope", &rope)
       .def("kv_append", &kv_append)
       .def("attention", &attention, NoLock())

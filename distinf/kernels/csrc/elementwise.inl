@@ -1,4 +1,4 @@
-// Norm, rotation, activation, embedding and KV append over the Vec of the including instruction set.
+// Rotation, activation, embedding and KV append over the Vec of the including instruction set.
 
 // Up to kLanes elements through a buffer: the ends of rows that are no whole vector.
 template <class T>
@@ -40,26 +40,6 @@ inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
   return mul(p, exp2_whole(n));
-}
-
-void rms_norm(const Worker& w, float* x, const float* add_rows, const float* weight, bf16* out, int64_t rows, int64_t n,
-              float eps) {
-  for (int64_t row = w.begin(rows); row < w.end(rows); row++) {
-    float* xr = x + row * n;
-    Vec squares = zero();
-    for (int64_t i = 0; i < n; i += kLanes) {
-      Vec v = load_n(xr, i, n);
-      if (add_rows) {
-        v = add(v, load_n(add_rows + row * n, i, n));
-        store_n(xr, v, i, n);
-      }
-      squares = fma(v, v, squares);
-    }
-    const Vec scale = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps));
-    for (int64_t i = 0; i < n; i += kLanes) {
-      store_n(out + row * n, mul(mul(load_n(xr, i, n), scale), load_n(weight, i, n)), i, n);
-    }
-  }
 }
 
 void rope(const Worker& w, bf16* x, int64_t stride, const float* cos, const float* sin, int64_t rows, int64_t heads,

@@ -15,6 +15,7 @@ namespace distinf::avx2 {
 namespace {
 #include "vec_avx2.h"
 #include "elementwise.inl"
+#include "reduce.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"
@@ -26,7 +27,7 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx2Kernels = {
-    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,    avx2::rope,      avx2::kv_append, avx2::attention,
-    avx2::silu_mul,    avx2::embedding,        avx2::read_stream, avx2::peak_bf16, avx2::peak_int8,
+    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::sum_parts,   avx2::rope,      avx2::kv_append,
+    avx2::attention,   avx2::silu_mul,         avx2::embedding, avx2::read_stream, avx2::peak_bf16, avx2::peak_int8,
 };
 }  // namespace distinf

@@ -15,6 +15,7 @@ namespace distinf::avx512 {
 namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
+#include "reduce.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"
@@ -26,8 +27,8 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Kernels = {
-    avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::rope,
-    avx512::kv_append,   avx512::attention,        avx512::silu_mul,  avx512::embedding,
-    avx512::read_stream, avx512::peak_bf16,        avx512::peak_int8,
+    avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::sum_parts,
+    avx512::rope,        avx512::kv_append,        avx512::attention, avx512::silu_mul,
+    avx512::embedding,   avx512::read_stream,      avx512::peak_bf16, avx512::peak_int8,
 };
 }  // namespace distinf

@@ -16,6 +16,7 @@ namespace distinf::avx512_bf16 {
 namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
+#include "reduce.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"
@@ -27,8 +28,8 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Bf16Kernels = {
-    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,  avx512_bf16::rope,
-    avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::silu_mul,  avx512_bf16::embedding,
-    avx512_bf16::read_stream, avx512_bf16::peak_bf16,        avx512_bf16::peak_int8,
+    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,  avx512_bf16::sum_parts,
+    avx512_bf16::rope,        avx512_bf16::kv_append,        avx512_bf16::attention, avx512_bf16::silu_mul,
+    avx512_bf16::embedding,   avx512_bf16::read_stream,      avx512_bf16::peak_bf16, avx512_bf16::peak_int8,
 };
 }  // namespace distinf

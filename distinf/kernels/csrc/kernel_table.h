@@ -22,6 +22,28 @@ struct LinearArgs {
   char* scratch;  // 64-byte aligned; quantised rows of x, or partial sums
 };
 
+// Vectors whose sum, formed in this order, is meant: one, or the partial results of several ranks.
+struct Parts {
+  const void* const* data;
+  int count;
+  bool bf16;  // else fp32
+};
+
+// x[rows, n] += add (when it has parts), then out = x / rms(x) * weight
+struct RmsNormArgs {
+  float* x;
+  Parts add;
+  const float* weight;
+  bf16* out;
+  int64_t rows, n;
+  float eps;
+  float* squares;  // norm_scratch_floats(workers)
+};
+
+// A worker's sums of squares, one for each of fewer rows than workers, lie on cache lines of their own.
+constexpr int64_t norm_scratch_stride(int64_t workers) { return (workers + 15) / 16 * 16; }
+constexpr int64_t norm_scratch_floats(int64_t workers) { return workers * norm_scratch_stride(workers); }
+
 // Which rows of a step belong to which sequence, and where their keys and values lie.
 struct BatchArgs {
   const int32_t* positions;    // [rows] place of the row in its sequence
@@ -50,6 +72,9 @@ constexpr int64_t kMaxHeadDim = 512;
 // turning the keys costs each query 1/64 of a turn.
 constexpr int64_t kTileQueries = 64;
 
+// From one query to the next in the scratch below: four AMX tiles of sums in a row (attention_amx.cpp).
+constexpr int64_t query_stride(int64_t head_dim) { return round_up(head_dim, 64); }
+
 // Softmax-weighted values of a tile's queries over some of their keys, not yet divided by the sum of the weights.
 struct Partial {
   float max[kTileQueries];  // largest score; weights are e^(score - max)
@@ -65,6 +90,7 @@ struct alignas(64) AttentionScratch {
   int64_t first_key[kTileQueries], end_key[kTileQueries];  // positions that each query sees
   bf16 k_rows[kBlockSize * kMaxHeadDim];                   // int8 keys made bf16
   bf16 k_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 2][kBlockSize][2]
+  bf16 v_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 64][kBlockSize / 2][64][2], for AMX
   float k_scale[kBlockSize], v_scale[kBlockSize];
 };
 
@@ -83,9 +109,9 @@ struct AttentionArgs {
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
   void (*linear_quantised)(const Worker&, const LinearArgs&);
-  // x[rows, n] += add (when given), then out = x / rms(x) * weight
-  void (*rms_norm)(const Worker&, float* x, const float* add, const float* weight, bf16* out, int64_t rows, int64_t n,
-                   float eps);
+  void (*rms_norm)(const Worker&, const RmsNormArgs&);
+  // out[begin .. end] (fp32 or bf16) = sum of the parts. One thread's work.
+  void (*sum_parts)(const Parts&, int64_t begin, int64_t end, void* out, bool out_bf16);
   // Rotates the first 2*half elements of each of heads [rows, heads, head_dim] in place; cos, sin [rows, half].
   void (*rope)(const Worker&, bf16* x, int64_t stride, const float* cos, const float* sin, int64_t rows, int64_t heads,
                int64_t head_dim, int64_t half);

@@ -14,12 +14,14 @@ class ThreadTeam;
 struct Worker {
   int index;
   int count;
-  ThreadTeam* team;
+  ThreadTeam* team;  // nullptr: a thread alone
 
   // Contiguous part of n items that is this worker's, sizes differing by at most one.
   int64_t begin(int64_t n) const { return n * index / count; }
   int64_t end(int64_t n) const { return n * (index + 1) / count; }
   void barrier() const;
+  // How often to look for what another thread or rank does before giving the core up.
+  int spins() const;
 };
 
 // An operation: every worker of the team calls it once; it may meet at worker.barrier().
@@ -34,10 +36,15 @@ class ThreadTeam {
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
+  // 5000 pauses are about 100-300 us: longer than the host's part of a decode step, so that workers are awake when
+  // the next one starts; shorter than a scheduler quantum.
+  static constexpr int kSpins = 5000;
+
   int size() const { return static_cast<int>(workers_.size()) + 1; }
   // Runs op on every thread, the caller included, and returns when all have finished. Op must not throw.
   void run(const Op& op);
   void barrier();
+  int spins() const { return spins_; }
 
  private:
   void work(int index, int cpu);
@@ -45,10 +52,6 @@ class ThreadTeam {
   void wait_change(std::atomic<uint32_t>& word, uint32_t old);
   // Moves word on, and wakes those that went to sleep on it; no system call when nobody did.
   void change(std::atomic<uint32_t>& word);
-
-  // 5000 pauses are about 100-300 us: longer than the host's part of a decode step, so that workers are awake when
-  // the next one starts; shorter than a scheduler quantum.
-  static constexpr int kSpins = 5000;
 
   std::vector<std::thread> workers_;
   const Op* op_ = nullptr;
@@ -60,6 +63,9 @@ class ThreadTeam {
   alignas(64) std::atomic<int> sleepers_{0};
 };
 
-inline void Worker::barrier() const { team->barrier(); }
+inline void Worker::barrier() const {
+  if (team) team->barrier();
+}
+inline int Worker::spins() const { return team ? team->spins() : ThreadTeam::kSpins; }
 
 }  // namespace distinf
