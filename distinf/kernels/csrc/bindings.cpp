@@ -14,7 +14,7 @@
 
 namespace py = pybind11;
 using namespace distinf;
-// What takes long gives the interpreter to the watchdog (distinf/comm/watchdog.py) meanwhile.
+// What takes long, or waits for other ranks, gives the interpreter to the watchdog (distinf/comm/watchdog.py) meanwhile.
 using NoLock = py::call_guard<py::gil_scoped_release>;
 
 namespace {
@@ -190,12 +190,12 @@ PYBIND11_MODULE(_native, m) {
           "replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); }, NoLock())
       .def("pack", &pack_weight, NoLock())
       .def("linear", &linear, NoLock())
-      .def("partial_linear", &partial_linear)
-      .def("partial_zeros", &partial_zeros)
+      .def("partial_linear", &partial_linear, NoLock())
+      .def("partial_zeros", &partial_zeros, NoLock())
       .def("rms_norm", &rms_norm)
-      .def("all_reduce_rms_norm", &all_reduce_rms_norm)
-      .def("settle", &settle)
-      .def("all_reduce", &all_reduce)
+      .def("all_reduce_rms_norm", &all_reduce_rms_norm, NoLock())
+      .def("settle", &settle, NoLock())
+      .def("all_reduce", &all_reduce, NoLock())
       .def("rope", &rope)
       .def("kv_append", &kv_append)
       .def("attention", &attention, NoLock())
