@@ -18,7 +18,7 @@ from distinf import comm
 
 
 def main(where: str, rank: int, how: str, timeout_s: float) -> None:
-    group = comm.init("mpi")
+    group = comm.init()
     group.timeout_s = timeout_s
     group.begin("loading" if where == "loading" else "decode step 12")
     calls: dict[str, Callable[[], object]] = {
