@@ -98,7 +98,7 @@ def stopped_start(rng: random.Random, whole_s: float, mark: str) -> Outcome:
                 left_over.kill()
     outcome = Outcome(f"{victim} {number.name} after {moment_s:.2f} s", status, time.monotonic() - sent, errors=errors)
     end = time.monotonic() + 5
-    while (left := processes(mark)) and time.monotonic() < end:
+    while ((left := processes(mark)) or set(os.listdir("/dev/shm")) - files) and time.monotonic() < end:
         time.sleep(0.1)
     outcome.processes = [" ".join(p.cmdline()) for p in left]
     outcome.files = sorted(set(os.listdir("/dev/shm")) - files)
