@@ -40,6 +40,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_weight_arguments(parser)
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
     parser.add_argument(
+        "--timeout",
+        type=float,
+        default=comm.DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="end the job when a rank keeps others waiting longer, seconds; 600 while loading (default: %(default)s)",
+    )
+    parser.add_argument(
         "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
     )
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
@@ -82,8 +89,8 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
-        membind=args.membind, group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
-        notify=_notifier(group), pack_cache=args.pack_cache,
+        membind=args.membind, group=group, capture=args.capture, timeout_s=args.timeout, kv_tokens=kv_tokens,
+        progress=sys.stderr.isatty(), notify=_notifier(group), pack_cache=args.pack_cache,
     )  # fmt: skip
 
 

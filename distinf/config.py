@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -142,6 +143,7 @@ class RunConfig:
     capture: bool = True  # record the decode step once and replay it
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
     membind: str = "auto"  # memory policy: of the cores' NUMA node, of the nearest HBM, or not set
+    timeout_s: float = 60  # longest wait for other ranks once the model is loaded
 
     def __post_init__(self) -> None:
         for flag, value, known in (
@@ -161,6 +163,8 @@ class RunConfig:
             raise ValueError("--kv-dtype int8 and --dtype fp32: expected --kv-dtype bf16 or another --dtype")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"--timeout {self.timeout_s}: expected a positive number of seconds")
 
     @property
     def head(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,8 +145,12 @@ class Engine:
             return [s for s in running if s.finish_reason is None]
 
         running = take(sequences, self.prefill(sequences, cache))
-        while running:
+        for step in itertools.count(1):
+            if not running:
+                break
+            self._group.begin(f"decode step {step}")
             running = take(running, decode(running))
+        self._group.begin("after the last token")
         self.replay_s = [s for decoder in decoders.values() for s in decoder.replay_s]
         return sequences
 
@@ -163,6 +168,7 @@ class Engine:
 
         With `all_rows` logits of every token, [T, vocab_local]: the caller has room for them.
         """
+        self._group.begin("prefill")
         ids = torch.tensor([t for s in sequences for t in s.prompt], dtype=torch.int32)
         sequence = torch.tensor([s.index for s in sequences for _ in s.prompt], dtype=torch.int32)
         positions = torch.tensor([p for s in sequences for p in range(len(s.prompt))], dtype=torch.int32)

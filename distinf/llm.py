@@ -13,7 +13,7 @@ import torch
 
 from distinf import __version__, comm
 from distinf import kernels as kernel_library
-from distinf.comm import Group, InputError, agreed
+from distinf.comm import LOADING_TIMEOUT_S, Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.engine import Engine, Sequence
 from distinf.kernels import Kernels, native
@@ -140,6 +140,7 @@ class LLM:
         config: str | None = None,
         num_layers: int | None = None,
         capture: bool = True,
+        timeout_s: float = comm.DEFAULT_TIMEOUT_S,
         kv_tokens: int = 0,
         membind: str = "auto",
         group: Group | None = None,
@@ -155,15 +156,17 @@ class LLM:
         random weights of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when
         given. `capture` False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the
         tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
-        `membind` takes memory near the cores ("auto"), from the nearest HBM node ("hbm") or as the launcher left it
-        ("off"). `progress` shows a loading bar on stderr; `notify` is given lines about the placement of all ranks.
-        `pack_cache` is a directory where packed weights are kept from one start to the next.
+        A rank that keeps others waiting longer than `timeout_s` (ten minutes while loading and between two calls)
+        ends the job. `membind` takes memory near the cores ("auto"), from the nearest HBM node ("hbm") or as the
+        launcher left it ("off"). `progress` shows a loading bar on stderr; `notify` is given lines about the
+        placement of all ranks. `pack_cache` is a directory where packed weights are kept from one start to the next.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
         start = time.perf_counter()
         self.group = group or comm.init()
         world_size = self.group.world_size
+        self.group.begin("loading", LOADING_TIMEOUT_S)
         self.run = agreed(
             self.group,
             lambda: RunConfig(
@@ -179,8 +182,10 @@ class LLM:
                 capture,
                 kv_dtype,
                 membind,
+                timeout_s,
             ),
         )
+        self.group.timeout_s = timeout_s
         self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
         checkpoint = agreed(
             self.group,
@@ -233,10 +238,11 @@ class LLM:
         each token. Raises InputError for prompts that the model cannot take.
         """
         params = params or SamplingParams()
+        self.group.begin("reading the prompts", LOADING_TIMEOUT_S)  # rank 0 may load its tokenizer, or ask a person
         texts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenize(p, chat) if isinstance(p, str) else list(p) for p in texts]
-        agreed(self.group, lambda: self.engine.check(ids, params))
         tokenizer = self.tokenizer if self.group.rank == 0 else None  # loaded before the clock starts
+        agreed(self.group, lambda: self.engine.check(ids, params))
         sequences = self.engine.generate(ids, params, on_token)
         decoded = [tokenizer.decode(s.generated) if tokenizer else "" for s in sequences]
         return [

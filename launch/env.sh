@@ -11,10 +11,11 @@ setting() { # NAME VALUE
 }
 
 # A host that does not answer, or whose ssh asks for a password or a host key, is an error within seconds that names it;
-# else the launcher waits for ever, and Intel's then ignores SIGTERM. Batch systems start ranks in their own way.
+# else the launcher waits for ever, and Intel's then ignores SIGTERM. One that stops answering is given up after 6 s: with
+# its ssh, mpirun.sh can tell that it is gone; the ranks themselves have --timeout. Batch systems start ranks in their own way.
 if [[ -z ${SLURM_JOB_ID-}${PBS_ENVIRONMENT-}${PBS_NODEFILE-}${LSB_JOBID-}${PE_HOSTFILE-}${LOADL_HOSTFILE-} ]] &&
     [[ -n $hostfile || " ${options[*]-}" == *-host* ]]; then
-    ssh_options='-o BatchMode=yes -o ConnectTimeout=10'
+    ssh_options='-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=2 -o ServerAliveCountMax=3'
     case $family in
         # These two go to any remote shell: set them to nothing when using another one than ssh.
         intel) setting I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS "$ssh_options" ;;

@@ -6,6 +6,7 @@
 # After `--`: a sub-command of distinf, or `python ...`, or a program given with its path (./prog, /bin/hostname).
 # Hostfile: one `host` or `host:ranks` a line, `#` lines are comments; without -ppn, -n is spread evenly over the hosts.
 set -euo pipefail
+trap 'exit 130' INT # which bash minds by itself only when the command that it waits for has died of it too
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 
 die() {
@@ -20,6 +21,17 @@ find_tool() { # the first of the names "$@" in the repository's .venv, else the 
     done
     for name; do type -P -- "$name" && return; done
     return 1
+}
+
+end_when_cut_off() { # PID of hydra's mpiexec: when the network to another host is cut, it waits for it for ever
+    local over=0 started='' child state
+    while ((over < 3)) && sleep 0.4 && started=$(cat "/proc/$1/task/$1/children"); do
+        [[ -z $started ]] || over=$((over + 1)) # what it has started here is over, unless
+        for child in $started; do
+            state=$(sed 's/.*) //' "/proc/$child/stat") && [[ $state == Z* ]] || over=0
+        done
+    done
+    ((over < 3)) || kill -KILL "$1" # it does not mind SIGTERM
 }
 
 n='' ppn='' hostfile='' launcher='' options=()
@@ -120,4 +132,7 @@ for word in "${settings[@]}" "${command[@]}"; do
     if [[ $word =~ ^[A-Za-z0-9_./:,@%+=-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
 done >&2
 echo >&2
+if [[ $family != openmpi && (-n $hostfile || " ${options[*]-}" == *-host* || ${SLURM_JOB_NUM_NODES:-1} != 1) ]]; then
+    (end_when_cut_off $$ < /dev/null > /dev/null 2>&1 &)
+fi
 exec "${command[@]}"

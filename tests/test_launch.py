@@ -25,7 +25,7 @@ if [[ ${1-} == --version ]]; then cat "$0.version"; else printf '%s\\0' "$0" "$@
 CORES = 4
 NEEDED = ("bash", "cat", "dirname", "env", "grep", "readlink", "sed", "sort", "wc")
 AS_ROOT = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-SSH = "-o BatchMode=yes -o ConnectTimeout=10"
+SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=2 -o ServerAliveCountMax=3"
 
 
 def script(path: Path, text: str) -> Path:

@@ -13,6 +13,18 @@ from distinf.comm.ccl import CclGroup
 from distinf.comm.mpi import MPIGroup
 from distinf.comm.shm import NoSharedMemory, ShmCclGroup, ShmGroup
 from distinf.comm.single import SingleGroup
+from distinf.comm.watchdog import DEFAULT_TIMEOUT_S, LOADING_TIMEOUT_S
+
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_TIMEOUT_S",
+    "LOADING_TIMEOUT_S",
+    "Group",
+    "InputError",
+    "agreed",
+    "init",
+    "launched_rank",
+]
 from distinf.comm.torch_ccl import TorchCclGroup
 from distinf.kernels import native
 
@@ -39,11 +51,19 @@ class InputError(ValueError):
 
 
 class Group(Protocol):
-    """All ranks of the job. Every method but abort is collective: each rank calls it, in the same order."""
+    """All ranks of the job. Every method but begin and abort is collective: each rank calls it, in the same order."""
 
     name: str
     rank: int
     world_size: int
+    timeout_s: float  # longest wait for other ranks in one call; a longer one ends the job, with status 1
+
+    def begin(self, step: str, at_least_s: float = 0) -> None:
+        """This rank is at `step` from here on: a name for the message of a wait that is too long. Not collective.
+
+        A wait may last `timeout_s`, or `at_least_s` where that is longer.
+        """
+
     native: Any  # distinf.kernels.native.AllReduce, which a recorded decode step may contain, or None
 
     def all_reduce_(self, x: torch.Tensor) -> None:

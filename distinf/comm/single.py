@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from distinf.comm.watchdog import DEFAULT_TIMEOUT_S
+
 
 class SingleGroup:
     """See distinf.comm.Group."""
@@ -14,6 +16,11 @@ class SingleGroup:
     name = "single"
     rank = 0
     world_size = 1
+    timeout_s = DEFAULT_TIMEOUT_S
+
+    def begin(self, step: str, at_least_s: float = 0) -> None:
+        pass
+
     native = None
 
     def __init__(self, wire_bf16: bool = False) -> None:

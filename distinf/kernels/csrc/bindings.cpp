@@ -17,6 +17,8 @@
 
 namespace py = pybind11;
 using namespace distinf;
+// What takes long, or waits for other ranks, gives the interpreter to the watchdog (distinf/comm/watchdog.py) meanwhile.
+using NoLock = py::call_guard<py::gil_scoped_release>;
 
 namespace {
 
@@ -267,19 +269,20 @@ PYBIND11_MODULE(_native, m) {
       .def("thread_ids", &thread_ids)
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
-      .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })
+      .def(
+          "replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); }, NoLock())
       .def("new_weight", &new_weight)
-      .def("linear", &linear)
-      .def("head_linear", &head_linear)
-      .def("partial_linear", &partial_linear)
-      .def("partial_zeros", &partial_zeros)
+      .def("linear", &linear, NoLock())
+      .def("head_linear", &head_linear, NoLock())
+      .def("partial_linear", &partial_linear, NoLock())
+      .def("partial_zeros", &partial_zeros, NoLock())
       .def("rms_norm", &rms_norm)
-      .def("all_reduce_rms_norm", &all_reduce_rms_norm)
-      .def("settle", &settle)
-      .def("all_reduce", &all_reduce)
+      .def("all_reduce_rms_norm", &all_reduce_rms_norm, NoLock())
+      .def("settle", &settle, NoLock())
+      .def("all_reduce", &all_reduce, NoLock())
       .def("rope", &rope)
       .def("kv_append", &kv_append)
-      .def("attention", &attention)
+      .def("attention", &attention, NoLock())
       .def("layer_norm", &layer_norm)
       .def("head_norm", &head_norm)
       .def("add_rows", &add_rows)
