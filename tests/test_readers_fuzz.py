@@ -116,6 +116,7 @@ def test_gguf_with_a_spoiled_header(gguf_file: Path) -> None:
 
 BAD_ENTRIES: list[tuple[dict[str, Any], str]] = [
     ({"data_offsets": [0, 1 << 63]}, "bytes 0 to 9223372036854775808"),
+    ({"data_offsets": [0, 4 << 40], "shape": [1 << 20, 1 << 20]}, "bytes 0 to 4398046511104"),
     ({"data_offsets": [-8, 0]}, "no lists of whole numbers"),
     ({"data_offsets": [8, 0]}, "bytes 8 to 0"),
     ({"data_offsets": [0]}, "no lists of whole numbers"),
