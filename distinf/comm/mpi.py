@@ -101,10 +101,8 @@ class MPIGroup:
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         assert x.dtype == torch.float32 and x.is_contiguous()
-        if self.native:
-            self.native.sum_(
-                x.data_ptr(), x.numel()
-            )  # what it waits for, the watchdog sees through `count` and `waiting`
+        if self.native:  # the watchdog sees what it waits for through its `count` and `waiting`
+            self.native.sum_(x.data_ptr(), x.numel())
             return
         with self._waiting("all-reduce"):
             self._comm.Allreduce(self._mpi.IN_PLACE, x.numpy(), op=self._mpi.SUM)

@@ -39,7 +39,8 @@ class TorchCclGroup(MPIGroup):
     def all_reduce_(self, x: torch.Tensor) -> None:
         assert x.dtype == torch.float32 and x.is_contiguous()
         wire = x.bfloat16() if self._wire_bf16 else x
-        distributed.all_reduce(wire)
+        with self._waiting("all-reduce"):
+            distributed.all_reduce(wire)
         x.copy_(wire)
 
 
