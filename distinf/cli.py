@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
-from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
+from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, MEMBINDS, RunConfig
 from distinf.engine import Sequence
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
@@ -36,7 +36,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, metavar="DIR|GGUF|NAME", help="checkpoint (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="weights (default: %(default)s)")
-    parser.add_argument("--head-dtype", metavar="DTYPE", help="weights of the head (default: as --dtype)")
+    parser.add_argument("--head-dtype", metavar="DTYPE", help="of the head (default: as --dtype; int8 for w8a8)")
     parser.add_argument(
         "--group-size",
         type=int,
@@ -52,6 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
+    parser.add_argument("--membind", default="auto", metavar="|".join(MEMBINDS), help="memory (default: %(default)s)")
     parser.add_argument("--no-capture", dest="capture", action="store_false", help="run every decode step eagerly")
     parser.add_argument("--load-format", default="auto", metavar="|".join(LOAD_FORMATS), help="dummy: random weights")
     parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
@@ -65,8 +66,16 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
         zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
-        group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
+        membind=args.membind, group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
+        notify=_notifier(group),
     )  # fmt: skip
+
+
+def _notifier(group: Group) -> Callable[[str], None]:
+    """Prints a line on rank 0's stderr."""
+    if group.rank != 0:
+        return lambda line: None
+    return lambda line: print(f"distinf: {line}", file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, instruction sets, placement of each rank")
     info.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="(default: %(default)s)")
     info.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
+    info.add_argument("--membind", default="auto", metavar="|".join(MEMBINDS), help="memory (default: %(default)s)")
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
     info.set_defaults(run=run_info)
     return parser
@@ -194,11 +204,15 @@ def _summary(report: dict[str, Any]) -> str:
 
 def run_info(args: argparse.Namespace, group: Group) -> None:
     """`distinf info`."""
-    ranks = group.all_gather_object(describe(group, args.threads))
+    run = agreed(group, lambda: RunConfig(threads=args.threads, membind=args.membind))
+    facts, warnings = describe(group, run)
+    ranks = group.all_gather_object(facts)
+    for text in warnings:
+        _notifier(group)(f"warning: {text}")
     if group.rank != 0:
         return
     if args.json:
-        print(json.dumps({"world_size": group.world_size, "ranks": ranks}), flush=True)
+        print(json.dumps({"world_size": group.world_size, "ranks": ranks, "warnings": warnings}), flush=True)
         return
     for rank, facts in enumerate(ranks):
         print(f"rank {rank}")

@@ -120,7 +120,8 @@ DTYPES = ("fp32", "bf16", "int8", "w8a8", "int4")
 KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
-COMMS = ("auto", "single", "mpi", "shm")
+MEMBINDS = ("auto", "hbm", "off")
+COMMS = ("auto", "single", "mpi", "shm", "shm+ccl", "ccl", "torch-ccl")
 COMM_DTYPES = ("fp32", "bf16")
 LOAD_FORMATS = ("auto", "dummy")
 
@@ -130,7 +131,7 @@ class RunConfig:
     """Choices of one run, the same on every rank; `check` in cli and LLM has compared them across ranks."""
 
     dtype: str = "bf16"  # of the linears' weights
-    head_dtype: str | None = None  # of the head's; None: like the rest
+    head_dtype: str | None = None  # of the head's; None: see head
     group_size: int | None = None  # input features that share a scale; None: the dtype's own
     zero_points: bool = False
     shares: tuple[Fraction, ...] = (Fraction(1),)
@@ -140,22 +141,31 @@ class RunConfig:
     load_format: str = "auto"
     capture: bool = True  # record the decode step once and replay it
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
+    membind: str = "auto"  # memory policy: of the cores' NUMA node, of the nearest HBM, or not set
 
     def __post_init__(self) -> None:
-        head_dtype = self.head_dtype or self.dtype
         for flag, value, known in (
             ("--dtype", self.dtype, DTYPES),
-            ("--head-dtype", head_dtype, DTYPES),
+            ("--head-dtype", self.head, DTYPES),
             ("--kernels", self.kernels, KERNELS),
             ("--isa", self.isa, ISAS),
             ("--load-format", self.load_format, LOAD_FORMATS),
             ("--kv-dtype", self.kv_dtype, KV_DTYPES),
+            ("--membind", self.membind, MEMBINDS),
         ):
             if value not in known:
                 raise ValueError(f"{flag} {value!r} is unknown; expected one of {', '.join(known)}")
-        if (self.dtype == "fp32") != (head_dtype == "fp32"):
-            raise ValueError(f"--head-dtype {head_dtype} and --dtype {self.dtype}: expected both or neither fp32")
+        if (self.dtype == "fp32") != (self.head == "fp32"):
+            raise ValueError(f"--head-dtype {self.head} and --dtype {self.dtype}: expected both or neither fp32")
         if self.kv_dtype == "int8" and self.dtype == "fp32":
             raise ValueError("--kv-dtype int8 and --dtype fp32: expected --kv-dtype bf16 or another --dtype")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")
+
+    @property
+    def head(self) -> str:
+        """Dtype of the head's weights: as asked, else like the rest, but int8 beside w8a8.
+
+        It takes the same bytes, and the head is multiplied by few rows: finer activations cost nothing there.
+        """
+        return self.head_dtype or ("int8" if self.dtype == "w8a8" else self.dtype)

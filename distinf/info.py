@@ -5,30 +5,49 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import socket
 from typing import Any
 
-from distinf import __version__, topology
+from distinf import __version__, kernels
 from distinf.comm import BACKENDS, Group
+from distinf.config import RunConfig
 from distinf.kernels import ipex, native
-from distinf.llm import place
+from distinf.placement import bind
+from distinf.topology import Machine, format_cpu_list
 
 
-def describe(group: Group, threads: int) -> dict[str, Any]:
-    """This rank's versions, instruction sets, cores and collectives. Collective: ranks of a node share cores."""
-    placement = place(group, threads)
-    isas = native.available_isas()
-    return {
-        "host": socket.gethostname(),
+def describe(group: Group, run: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    """This rank's versions, instruction sets, binding and collectives, and the warnings about all ranks.
+
+    Collective. The rank is bound and its threads started as for a model; what is told was read back after that.
+    """
+    bound = bind(group, run.threads, run.membind, lambda p: kernels.load(run.kernels, run.isa, run.dtype, p))
+    mine, isas = bound.bindings[group.rank], native.available_isas()
+    facts = {
+        "host": mine.host,
         "cpu": f"{native.cpu_name()}, {os.cpu_count()} hardware threads",
+        "machine": "; ".join(_machine(bound.machine)),
         "isa": f"{isas[0]} (found: {', '.join(isas)})" if isas else "none: reference kernels only",
         "kernels": _kernels(isas),
-        "threads": len(placement.cpus),
-        "cores": _cores(placement.cpus) + (" (shared with other ranks)" if placement.oversubscribed else ""),
-        "numa_nodes": sorted({n for c in placement.cpus if (n := topology.numa_node(c)) is not None}),
+        "threads": mine.threads,
+        "cores": format_cpu_list(mine.cores),
+        "pinned": all(len(cpus) == 1 for cpus in mine.thread_cpus),
+        "numa_nodes": mine.nodes,
+        "memory": mine.policy,
         "comm": f"{group.name} (known: {', '.join(BACKENDS)})",
         "versions": ", ".join(_versions()),
     }
+    return facts, bound.warnings
+
+
+def _machine(machine: Machine) -> list[str]:
+    """Sockets, then a phrase for each NUMA node."""
+    sockets = len(set(machine.socket.values()))
+    found = [f"{sockets} socket{'s' * (sockets > 1)}, {len(set(machine.core.values()))} cores"]
+    for i, node in machine.nodes.items():
+        cores = {machine.core.get(cpu, cpu) for cpu in node.cpus}
+        where = f"cores {format_cpu_list(cores)}" if cores else "memory only (HBM or CXL)"
+        found.append(f"node {i}: {where}, {node.memory_bytes / 1e9:.0f} GB")
+    return found
 
 
 def _kernels(isas: list[str]) -> str:
@@ -37,13 +56,9 @@ def _kernels(isas: list[str]) -> str:
     return ", ".join(names) + (f" (no ipex: {without})" if without else "")
 
 
-def _cores(cpus: tuple[int, ...]) -> str:
-    return "not pinned" if -1 in cpus else ",".join(map(str, cpus))
-
-
 def _versions() -> list[str]:
     found = [f"distinf {__version__}", f"python {platform.python_version()}"]
-    for package in ("torch", "mpi4py", "impi-rt", "transformers", "safetensors", "gguf", ipex.PACKAGE):
+    for package in ("torch", "mpi4py", "impi-rt", "oneccl-cpu", "transformers", "safetensors", "gguf", ipex.PACKAGE):
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

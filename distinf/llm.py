@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from distinf import comm, topology
+from distinf import comm
 from distinf import kernels as kernel_library
 from distinf.comm import Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.engine import Engine, Sequence
-from distinf.kernels import Kernels, Placement
+from distinf.kernels import Kernels
 from distinf.kv_cache import KVCache
 from distinf.memory import MemoryNeed, available_bytes, check_memory
 from distinf.models import Model, family
 from distinf.models.params import Weights
+from distinf.placement import bind, describe, remote_memory
 from distinf.sampling import SamplingParams
 from distinf.shard import ShardPlan, parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
@@ -50,25 +51,24 @@ class Completion:
     token_times_s: list[float]  # of each token, since generation began
 
 
-def place(group: Group, threads: int) -> Placement:
-    """Cores of this rank among the ranks of its node; `threads` 0 takes all of them."""
-    cores = group.all_gather_object(topology.allowed_cores())
-    mates = group.node_mates()
-    return Placement(*topology.place([cores[m] for m in mates], mates.index(group.rank), threads))
-
-
 def load_model(
-    checkpoint: Checkpoint, run: RunConfig, group: Group, kv_tokens: int = 0, progress: bool = False
+    checkpoint: Checkpoint,
+    run: RunConfig,
+    group: Group,
+    kv_tokens: int = 0,
+    progress: bool = False,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Plan the shards, check that all ranks mean the same model and have room for it, and load this rank's part.
 
-    `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. Raises InputError on
-    every rank for anything that one of them cannot load.
+    `kv_tokens`: tokens of all sequences together that the KV cache will have to hold. `notify` is given lines
+    for a person, the same on every rank: what each is bound to, and warnings. Raises InputError on every rank
+    for anything that one of them cannot load.
     """
     known, config = agreed(group, lambda: _parse(checkpoint))
     _check_same(group, config, run)
-    placement = place(group, run.threads)
-    kernels = agreed(group, lambda: kernel_library.load(run.kernels, run.isa, run.dtype, placement))
+    bound = bind(group, run.threads, run.membind, lambda p: kernel_library.load(run.kernels, run.isa, run.dtype, p))
+    kernels = bound.kernels
     plan = agreed(group, lambda: shard_plan(config, run.shares))
     shard, params, show = plan.shards[group.rank], known.params(config), progress and group.rank == 0
     formats = agreed(group, lambda: Formats.of(run))
@@ -82,7 +82,11 @@ def load_model(
     )
     needs, mates = group.all_gather_object(need), group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
+    for line in [*describe(bound.bindings), *(f"warning: {text}" for text in bound.warnings)]:
+        notify(line)
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
+    for text in remote_memory(group, bound):
+        notify(f"warning: {text}")
     return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
 
 
@@ -136,18 +140,21 @@ class LLM:
         num_layers: int | None = None,
         capture: bool = True,
         kv_tokens: int = 0,
+        membind: str = "auto",
         group: Group | None = None,
         progress: bool = False,
+        notify: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Load this rank's shard of `model`: a Hugging Face directory, a .gguf file, or an embedded model's name.
 
-        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
-        and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
-        number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights of the shape in
-        `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture` False
-        runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all
-        sequences of a call together, a KV cache that does not fit is refused before loading. `progress` shows
-        a loading bar on stderr.
+        `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same, int8 for w8a8);
+        `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache.
+        `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights
+        of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given.
+        `capture` False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the
+        tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
+        `membind` takes memory near the cores ("auto"), from the nearest HBM node ("hbm") or as the launcher left it
+        ("off"). `progress` shows a loading bar on stderr; `notify` is given lines about the placement of all ranks.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -168,6 +175,7 @@ class LLM:
                 load_format,
                 capture,
                 kv_dtype,
+                membind,
             ),
         )
         self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
@@ -175,7 +183,7 @@ class LLM:
             self.group,
             lambda: open_checkpoint(self._path or Path(), load_format, Path(config) if config else None, num_layers),
         )
-        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress)
+        self.loaded = load_model(checkpoint, self.run, self.group, kv_tokens, progress, notify)
         self.engine = Engine(
             self.loaded.model, self.loaded.kernels, self.group, cache_dtype(self.run, self.loaded.kernels), capture
         )

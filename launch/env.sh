@@ -36,3 +36,4 @@ fi
 #   0 and 1 did not finish).
 # - I_MPI_ROOT, LD_LIBRARY_PATH, I_MPI_HYDRA_BOOTSTRAP, I_MPI_PMI_LIBRARY: the impi-rt wheel works without them, in a Slurm
 #   job and under srun --mpi=pmi2 too.
+# - CCL_*: distinf/comm/ccl.py makes oneCCL's settings, each with its reason, so that they hold under srun too.

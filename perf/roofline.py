@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 
-from distinf import topology
+from distinf.binding import allowed_cores
 from distinf.comm.single import SingleGroup
 from distinf.kernels import native
 from distinf.stats import measure_read_gb_s
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", help="thread counts, such as 1,2,4 (default: 1 and all cores)")
     args = parser.parse_args()
-    cores, isas = topology.allowed_cores(), native.available_isas()
+    cores, isas = allowed_cores(), native.available_isas()
     if not isas:
         sys.exit("perf/roofline.py: the extension is not built or this CPU has no AVX2")
     counts = [int(n) for n in args.threads.split(",")] if args.threads else sorted({1, len(cores)})

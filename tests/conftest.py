@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from distinf.comm.ccl import LIBRARY
 from distinf.tokenizer import DEFAULT_MODEL, find_model
 
 REPO = Path(__file__).resolve().parent.parent
+FAKE_TORCH_CCL = str(REPO / "tests/support/fake_torch_ccl")
 
 # SPMD tests: only under a launcher, which tests/test_mpi.py is.
 collect_ignore = [] if "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ else ["mpi"]
@@ -53,6 +55,14 @@ def ranks(n: int, *args: object) -> list[str]:
     words = list(map(str, args))
     program = words if words[0] == "python" else ["python", "-m", "distinf", *words]
     return [str(REPO / "launch/mpirun.sh"), "-n", str(n), "--", *program]
+
+
+def need(backend: str) -> None:
+    """Skip the test of a backend of --comm whose library is not installed; put a fake in the place of torch-ccl's."""
+    if backend == "torch-ccl" and FAKE_TORCH_CCL not in sys.path:
+        sys.path.insert(0, FAKE_TORCH_CCL)
+    if backend == "ccl" and not (Path(sys.prefix) / "lib" / LIBRARY).exists():
+        pytest.skip(f"{LIBRARY} of oneccl-cpu is not installed")
 
 
 @pytest.fixture(scope="session")

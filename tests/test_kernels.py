@@ -172,10 +172,11 @@ def test_zero_size_shards(kernels: Any) -> None:
 
 
 @pytest.mark.slow
-def test_amx_machine_code_by_emulation(tmp_path: Path) -> None:
-    """The compiled AMX GEMM on a CPU without tiles: its instructions are trapped and carried out in software."""
+@pytest.mark.parametrize("check", ["check_linears", "check_attentions"])
+def test_amx_machine_code_by_emulation(tmp_path: Path, check: str) -> None:
+    """The compiled AMX code on a CPU without tiles: its instructions are trapped and carried out in software."""
     if "amx" in native.available_isas():
-        pytest.skip("this CPU has AMX: test_linear runs on it")
+        pytest.skip("this CPU has AMX: test_linear and test_attention run on it")
     if "avx512_bf16" not in native.available_isas():
         pytest.skip("the AMX path also needs AVX-512 bf16, which this CPU lacks")
     source, library = Path(__file__).parent / "support/amx_emulator.cpp", tmp_path / "amx_emulator.so"
@@ -183,11 +184,11 @@ def test_amx_machine_code_by_emulation(tmp_path: Path) -> None:
     script = (
         "import ctypes, sys\n"
         "from distinf.kernels.native import NativeKernels\n"
-        "from tests.kernel_cases import check_everything\n"
+        f"from tests.kernel_cases import {check}\n"
         f"emulator = ctypes.CDLL({str(library)!r})\n"
         "emulator.amx_emulator_count.restype = ctypes.c_ulong\n"
         "assert emulator.amx_emulator_install() == 0\n"
-        "check_everything(NativeKernels('amx', [-1, -1], oversubscribed=True))\n"
+        f"{check}(NativeKernels('amx', [-1, -1], oversubscribed=True))\n"
         "print(emulator.amx_emulator_count())\n"
     )
     repo = Path(__file__).parent.parent

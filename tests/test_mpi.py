@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distinf import LLM
-from tests.conftest import REPO, ranks, run
+from tests.conftest import REPO, need, ranks, run
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
@@ -60,6 +60,14 @@ def test_fp32_tokens_equal_transformers_at_every_world_size(smollm2: Path, promp
     expected = greedy(oracle(smollm2, torch.float32), prompt, 64)
     for n, flags in [(1, []), (2, []), (3, []), (4, []), (2, ["--shares", "3,1"])]:
         assert generate(n, prompt, 64, "--dtype", "fp32", *flags) == expected, (n, flags)
+
+
+@pytest.mark.parametrize("n, name", [(3, "shm"), (4, "mpi")])
+def test_logits_are_the_same_bits_in_every_run(tiny_llama: Path, n: int, name: str) -> None:
+    """Sums are formed in the ranks' order, whoever comes first."""
+    digests = [run(ranks(n, "python", "tests/support/logits_digest.py", tiny_llama, name)).stdout for _ in range(2)]
+    assert digests[0].split()[0] == name and len(digests[0].split()[1]) == 64
+    assert digests[0] == digests[1]
 
 
 def test_bf16_tokens_agree_up_to_proven_ties(smollm2: Path, prompt: list[int]) -> None:
@@ -135,9 +143,11 @@ def rank_processes(root: psutil.Process) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("n, victim", [(2, 1), (2, 0), (3, 2)])
-def test_killing_a_rank_ends_the_job_and_names_it(n: int, victim: int) -> None:
-    command = ranks(n, "generate", "--prompt", "Once upon a time", "--max-new-tokens", 4000, "--ignore-eos")
+@pytest.mark.parametrize("n, victim, comm", [(2, 1, "mpi"), (2, 0, "mpi"), (3, 2, "mpi"), (2, 1, "ccl")])
+def test_killing_a_rank_ends_the_job_and_names_it(n: int, victim: int, comm: str) -> None:
+    need(comm)
+    prompt = ["--prompt", "Once upon a time", "--max-new-tokens", 4000, "--ignore-eos"]
+    command = ranks(n, "generate", *prompt, "--comm", comm)
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO)
     try:
         assert job.stdout is not None
@@ -148,7 +158,8 @@ def test_killing_a_rank_ends_the_job_and_names_it(n: int, victim: int) -> None:
         start = time.monotonic()
         out, err = job.communicate(timeout=10)
         assert job.returncode != 0
-        assert re.search(rf"rank {victim}\b", (out + err).decode(), re.IGNORECASE), out + err
+        said = rf"^(?!distinf: rank \d+  ).*rank {victim}\b"  # not the line that tells where it was placed
+        assert re.search(said, (out + err).decode(), re.IGNORECASE | re.MULTILINE), out + err
         _, alive = psutil.wait_procs(processes.values(), timeout=10 - (time.monotonic() - start))
         assert not alive
     finally:

@@ -16,6 +16,7 @@ from distinf.config import RunConfig
 from distinf.llm import load_model
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.gguf import GGUFCheckpoint
+from distinf.weights.load import Formats
 
 LAB_1B = Path(__file__).resolve().parent.parent / "perf/models/lab-1b.json"
 
@@ -158,3 +159,17 @@ def test_sharded_safetensors_with_an_index(tiny_llama: Path, tmp_path: Path) -> 
     one, many = open_dir(tiny_llama), open_dir(tmp_path)
     for name in model.state_dict():
         assert torch.equal(one.read(name, torch.float32), many.read(name, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "run, head",
+    [
+        (RunConfig(dtype="w8a8"), "int8"),
+        (RunConfig(dtype="w8a8", head_dtype="w8a8"), "w8a8"),
+        (RunConfig(dtype="int4"), "int4"),
+        (RunConfig(dtype="int4", head_dtype="bf16"), "bf16"),
+    ],
+)
+def test_format_of_the_head(run: RunConfig, head: str) -> None:
+    formats = Formats.of(run)
+    assert (formats.body.name, formats.head.name) == (run.dtype, head)

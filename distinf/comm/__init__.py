@@ -9,15 +9,24 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from distinf.comm.ccl import CclGroup
 from distinf.comm.mpi import MPIGroup
-from distinf.comm.shm import NoSharedMemory, ShmGroup
+from distinf.comm.shm import NoSharedMemory, ShmCclGroup, ShmGroup
 from distinf.comm.single import SingleGroup
+from distinf.comm.torch_ccl import TorchCclGroup
 from distinf.kernels import native
 
 T = TypeVar("T")
 
 # Made with one argument: whether partial sums travel as bf16.
-BACKENDS: dict[str, Callable[[bool], Group]] = {"single": SingleGroup, "mpi": MPIGroup, "shm": ShmGroup}
+BACKENDS: dict[str, Callable[[bool], Group]] = {
+    "single": SingleGroup,
+    "mpi": MPIGroup,
+    "shm": ShmGroup,
+    "shm+ccl": ShmCclGroup,
+    "ccl": CclGroup,
+    "torch-ccl": TorchCclGroup,
+}
 WIRE_DTYPES = ("fp32", "bf16")
 
 # What launchers leave in the environment of a rank: Intel MPI and MPICH (also under srun --mpi=pmi2), PMIx
@@ -71,8 +80,8 @@ def init(name: str = "auto", wire_dtype: str = "fp32") -> Group:
     """The group of this job by `--comm` and `--comm-dtype`.
 
     auto takes single without a launcher; under one, shared memory inside each node and MPI between nodes, or MPI
-    alone, with a warning, where there is no memory to share. Raises ValueError for an unknown name, for mpi without
-    a usable MPI library, and under srun without PMI.
+    alone, with a warning, where there is no memory to share. Raises ValueError for an unknown name, without the
+    libraries that a backend needs, and under srun without PMI.
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"--comm {name!r} is unknown; expected auto or one of {', '.join(BACKENDS)}")

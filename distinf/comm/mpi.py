@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ class MPIGroup:
         try:
             from mpi4py import MPI  # loading it starts MPI, which a lone process must not need
         except (ImportError, RuntimeError) as error:
-            raise ValueError(f"--comm mpi: no usable MPI library ({error}); install impi-rt") from None
+            raise ValueError(f"--comm {self.name}: no usable MPI library ({error}); install impi-rt") from None
         self._mpi = MPI
         self._comm = MPI.COMM_WORLD
         self.rank = self._comm.Get_rank()
@@ -30,18 +29,20 @@ class MPIGroup:
 
     def _all_reduce(self, wire_bf16: bool) -> Any:
         """What sums over ranks inside a recorded step; None without the extension. Collective."""
-        if not native.AVAILABLE:
-            if wire_bf16:
-                raise ValueError("--comm-dtype bf16 needs the native extension; run `pip install .`")
-            return None
+        if native.AVAILABLE:
+            return self._alone(wire_bf16, self._calls(self._comm))
+        if wire_bf16:
+            raise ValueError("--comm-dtype bf16 needs the native extension; run `pip install .`")
+        return None
+
+    def _alone(self, wire_bf16: bool, calls: Any) -> Any:
+        """This rank as a node of its own: everything goes through `calls`."""
         self._memory = torch.zeros(native.AllReduce.memory_bytes(1), dtype=torch.uint8)
-        return native.AllReduce(self._memory.data_ptr(), 0, 1, wire_bf16, True, self._calls(self._comm))
+        return native.AllReduce(self._memory.data_ptr(), 0, 1, wire_bf16, True, calls)
 
     def _calls(self, comm: Any) -> Any:
         """The MPI library's own functions and handles, for native code: csrc/inter_node.h. Collective over `comm`."""
-        with Path("/proc/self/maps").open() as maps:
-            libraries = {line.split()[-1] for line in maps if "/libmpi.so" in line}
-        library = ctypes.CDLL(libraries.pop())
+        library = ctypes.CDLL(self._mpi.__file__)  # and what it is linked to
         mpi, own = self._mpi, comm.Dup()
         own.Set_errhandler(mpi.ERRORS_ARE_FATAL)  # a failure in the middle of a step leaves nothing to go on with
         return native.MpiCalls(
@@ -54,6 +55,11 @@ class MPIGroup:
             sum=mpi._handleof(mpi.SUM),
             nodes=own.Get_size(),
         )
+
+    @property
+    def over_open_mpi(self) -> bool:
+        """Whether the MPI library is Open MPI; else it is Intel MPI or MPICH."""
+        return "Open MPI" in self._mpi.Get_library_version()
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         assert x.dtype == torch.float32 and x.is_contiguous()

@@ -60,6 +60,9 @@ class Kernels(Protocol):
     threads: int
     act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
 
+    def thread_ids(self) -> list[int]:
+        """The kernel's ids of the threads that compute, the caller's first; only that one where torch has them."""
+
     def pack(self, weight: torch.Tensor, form: Format) -> Any:
         """[n, k] fp32 or bf16, rows may be strided -> PackedWeight, quantised as `form` says; n or k may be 0."""
 

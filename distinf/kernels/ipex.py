@@ -5,15 +5,11 @@ Its last release is 2.8, for torch 2.8. Nothing here is imported from it before 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import math
-import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +18,7 @@ import torch
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format, quantised
 from distinf.kernels.reference import ReferenceKernels
+from distinf.stdio import stdout_to_stderr
 
 PACKAGE = "intel-extension-for-pytorch"
 DTYPES = ("bf16", "int8", "int4")
@@ -76,7 +73,7 @@ class IpexKernels(ReferenceKernels):
         if reason := missing():
             raise ValueError(f"--kernels ipex: {reason}; {INSTALL}")
         try:
-            with _stdout_to_stderr():
+            with stdout_to_stderr():  # it prints each rank's number
                 extension = importlib.import_module(f"{MODULE}._C")
         except ImportError as error:
             raise ValueError(f"--kernels ipex: {PACKAGE} does not load ({error}); {INSTALL}") from None
@@ -198,20 +195,6 @@ class IpexKernels(ReferenceKernels):
 
 _LOWP_NONE = 0  # multiply in the dtype of x
 _ACTIVATIONS_AS_THEY_ARE = -1
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """For the package's import, which prints each rank's number from C; stdout is for the generated text."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(stdout, 1)
-        os.close(stdout)
 
 
 def whole_groups(heads: int, group: int, offset: int) -> Iterator[tuple[slice, slice]]:

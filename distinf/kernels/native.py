@@ -24,7 +24,6 @@ try:
 except ImportError as error:  # a source tree that was never built
     _MISSING = str(error)
 
-AVAILABLE = not _MISSING
 BF16 = torch.bfloat16
 FP32 = torch.float32
 
@@ -37,6 +36,9 @@ def available_isas() -> list[str]:
     if _MISSING:
         return []
     return [name for name in _LEVELS if _native.isa_available(getattr(_native.Isa, name))]
+
+
+AVAILABLE = bool(available_isas())
 
 
 def best_isa() -> str | None:
@@ -117,6 +119,9 @@ class NativeKernels:
         self.threads = len(cpus)
         self._rt = _native.Runtime(getattr(_native.Isa, isa), cpus, oversubscribed)
         self._recording: NativeStep | None = None
+
+    def thread_ids(self) -> list[int]:
+        return self._rt.thread_ids()
 
     def record(self, forward: Callable[[], torch.Tensor]) -> NativeStep:
         step = NativeStep(self._rt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ class ReferenceKernels:
         self.act_dtype = act_dtype
         self.threads = threads
         torch.set_num_threads(threads)
+
+    def thread_ids(self) -> list[int]:
+        return [threading.get_native_id()]  # torch starts the others when it needs them
 
     def pack(self, weight: torch.Tensor, form: Format) -> ReferenceWeight:
         if form.bits < 16 and weight.numel():

@@ -79,7 +79,7 @@ class Formats:
     def of(run: RunConfig) -> Formats:
         """From the flags. Raises ValueError naming one that is wrong."""
         group, zeros = run.group_size, run.zero_points
-        return Formats(parse_format(run.dtype, group, zeros), parse_format(run.head_dtype or run.dtype, group, zeros))
+        return Formats(parse_format(run.dtype, group, zeros), parse_format(run.head, group, zeros))
 
     def for_param(self, param: Param) -> Format:
         """The format of a linear."""

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from distinf import comm
-from distinf.comm import Group, InputError, agreed
-from distinf.comm.shm import ShmGroup
+from distinf.comm import Group, InputError, agreed, segment
+from distinf.comm.shm import ShmCclGroup, ShmGroup
 from distinf.kernels import Placement, load, native
 from distinf.kernels.formats import FORMATS
+from tests.conftest import need
 
 needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
 
 
-class PairsAreNodes(ShmGroup):
+class PairsAreNodes:
     """Ranks 0 and 1 on one node, the next two on another: two levels, on whatever machine this is."""
+
+    _comm: Any
+    rank: int
 
     def _node(self) -> Any:
         return self._comm.Split(self.rank // 2, self.rank)
+
+
+class Pairs(PairsAreNodes, ShmGroup):
+    pass
+
+
+class PairsOverCcl(PairsAreNodes, ShmCclGroup):
+    pass
+
+
+PAIRS: dict[str, type[ShmGroup]] = {"pairs": Pairs, "pairs+ccl": PairsOverCcl}
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +52,15 @@ def group() -> Group:
         pytest.param(
             (kind, wire), marks=[] if kind == "mpi" and wire == "fp32" else needs_extension, id=f"{kind}-{wire}"
         )
-        for kind in ("mpi", "shm", "pairs")
+        for kind in ("mpi", "shm", "pairs", "ccl", "pairs+ccl", "torch-ccl")
         for wire in ("fp32", "bf16")
     ],
 )
 def wired(request: pytest.FixtureRequest) -> tuple[Group, str]:
     """A group that sums in one of the ways, and what its partial sums are rounded to."""
     kind, wire = request.param
-    return (PairsAreNodes(wire == "bf16") if kind == "pairs" else comm.init(kind, wire)), wire
+    need(kind.removeprefix("pairs+"))
+    return (PAIRS[kind](wire == "bf16") if kind in PAIRS else comm.init(kind, wire)), wire
 
 
 def parts_of(group: Group, *shape: int, seed: int = 0) -> list[torch.Tensor]:
@@ -114,6 +133,58 @@ def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
         bias = torch.full((32,), float(height)) if height and group.rank == 0 else None
         y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group))
         assert torch.equal(y, torch.full((2, 32), 8.0 + height))
+
+
+@pytest.mark.parametrize("name", ["mpi", "shm", "ccl"])
+def test_several_groups_at_once(name: str) -> None:
+    need(name)
+    first, second = comm.init(name), comm.init(name)
+    for each in (first, second, first):
+        x = torch.ones(5)
+        each.all_reduce_(x)
+        assert torch.equal(x, torch.full((5,), float(each.world_size)))
+
+
+@needs_extension
+@pytest.mark.parametrize("what", ["no directory", "no room", "another process"])
+def test_without_shared_memory_mpi_is_used_and_says_what_was_needed(
+    group: Group, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = group.rank == group.world_size - 1
+
+    def full(fd: int, begin: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "no directory":
+        monkeypatch.setattr(segment, "DIRECTORY", "/nowhere")
+    elif what == "no room" and last:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    elif what == "another process":
+        if group.world_size == 1:
+            pytest.skip("one rank opens nobody's memory")
+        monkeypatch.setattr(segment, "_identity", lambda fd: (0, group.rank))
+    other = comm.init("shm")
+    assert other.name == "mpi"
+    x = torch.ones(5)
+    other.all_reduce_(x)
+    assert torch.equal(x, torch.full((5,), float(group.world_size)))
+    if group.rank == 0:
+        (message,) = caplog.messages
+        needed = native.AllReduce.memory_bytes(group.world_size) / 1e6
+        expected = {
+            "no directory": "/nowhere",
+            "no room": f"{needed:.1f} MB are needed",
+            "another process": "do not see each other",
+        }[what]
+        assert "--comm mpi is used" in message and expected in message
+
+
+@needs_extension
+def test_shared_memory_has_no_name_that_could_stay(group: Group) -> None:
+    kept = comm.init("shm")
+    start = f"{kept._memory.data_ptr():x}-"
+    (line,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(start)]
+    assert kept.name == "shm" and segment.DIRECTORY in line and line.endswith("(deleted)")
 
 
 def test_all_gather_is_in_rank_order(group: Group) -> None:

@@ -12,7 +12,7 @@ from distinf import LLM, Group, SamplingParams, comm
 from distinf.comm import InputError
 from distinf.comm.single import SingleGroup
 from distinf.engine import Sequence
-from tests.conftest import make_tiny
+from tests.conftest import make_tiny, need
 
 PROMPTS = [[(37 * i + 11) % 199 for i in range(n)] for n in (1, 7, 65)]
 
@@ -73,6 +73,15 @@ def test_tokens_equal_those_of_one_rank(group: Group, path: Path, params: Sampli
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     everyone: list[Any] = group.all_gather_object([c.token_ids for c in together])
     assert all(tokens == everyone[0] for tokens in everyone)
+
+
+@pytest.mark.parametrize("backend", ["ccl", "torch-ccl"])
+def test_tokens_are_the_same_over_every_backend(path: Path, backend: str) -> None:
+    need(backend)
+    params = SamplingParams(max_new_tokens=32, ignore_eos=True)
+    alone = LLM(str(path), dtype="fp32", group=SingleGroup(), threads=1).generate(PROMPTS, params)
+    together = LLM(str(path), dtype="fp32", group=comm.init(backend)).generate(PROMPTS, params)
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
 
 def test_captured_and_eager_steps_choose_alike(group: Group, path: Path) -> None:

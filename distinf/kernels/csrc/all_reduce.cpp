@@ -32,13 +32,19 @@ AllReduce::AllReduce(char* memory, int rank, int ranks, bool bf16, bool nodes, I
 
 void AllReduce::arrive(Point point) { flag(rank_).stage.store(3 * (count() - 1) + point, std::memory_order_release); }
 
+bool AllReduce::has_arrived(int rank, uint64_t stage) const {
+  return flag(rank).stage.load(std::memory_order_acquire) >= stage;
+}
+
 void AllReduce::wait_for(int first, int last, Point point, int spins) {
   const uint64_t stage = 3 * (count() - 1) + point;
+  while (first < last && has_arrived(first, stage)) first++;
+  if (first == last) return;
   const int64_t start = now_ns();
   awaited_.store(stage, std::memory_order_relaxed);
   waiting_since_ns_.store(start, std::memory_order_relaxed);
   for (int rank = first; rank < last; rank++) {
-    for (int i = 0; flag(rank).stage.load(std::memory_order_acquire) < stage; i++) {
+    for (int i = 0; !has_arrived(rank, stage); i++) {
       // Longer than a spin is an uneven load or a core that someone else needs: give it up.
       i < spins ? _mm_pause() : static_cast<void>(sched_yield());
     }
@@ -121,9 +127,7 @@ std::pair<double, std::vector<int>> AllReduce::waiting() const {
   std::vector<int> missing;
   if (!since) return {0, missing};
   for (int rank = 0; rank < ranks_; rank++) {
-    if (flag(rank).stage.load(std::memory_order_relaxed) < awaited_.load(std::memory_order_relaxed)) {
-      missing.push_back(rank);
-    }
+    if (!has_arrived(rank, awaited_.load(std::memory_order_relaxed))) missing.push_back(rank);
   }
   return {(now_ns() - since) * 1e-9, missing};
 }

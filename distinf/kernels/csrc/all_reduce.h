@@ -60,6 +60,7 @@ class AllReduce {
   Flag& flag(int rank) const { return *reinterpret_cast<Flag*>(part(rank)); }
   void* node_sum() const { return memory_ + ranks_ * kPartBytes; }
   void arrive(Point point);
+  bool has_arrived(int rank, uint64_t stage) const;
   void wait_for(int first, int last, Point point, int spins);
   void between_nodes(void* data, int64_t n);
   void sum_piece(const Worker& w, const KernelTable& kernels, int64_t n) const;

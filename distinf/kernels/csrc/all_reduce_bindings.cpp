@@ -2,9 +2,12 @@
 
 #include <pybind11/stl.h>
 
+#include <chrono>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <variant>
+#include <vector>
 
 #include "inter_node.h"
 #include "isa.h"
@@ -23,6 +26,28 @@ InterNode to_inter_node(const Calls& calls) {
   if (!calls) return nullptr;
   if (const auto* mpi = std::get_if<MpiCalls>(&*calls)) return mpi_inter_node(*mpi, best_kernels());
   return call_inter_node(std::get<ReduceCalls>(*calls));
+}
+
+// Seconds that each of `repeats` sums takes as a step has them, one after the other: from partial sums written, which
+// is not counted, to a sum that can be read (or is in y). y[n] is memory to work on.
+std::vector<double> time_s(AllReduce& self, uintptr_t y, int64_t n, int repeats) {
+  using Clock = std::chrono::steady_clock;
+  const Worker alone{0, 1, nullptr};
+  auto* data = reinterpret_cast<float*>(y);
+  std::vector<double> seconds(repeats);
+  for (double& s : seconds) {
+    const bool fits = n <= AllReduce::kCapacity;
+    std::memset(fits ? self.slot() : data, 0, n * (fits && self.bf16() ? 2 : 4));
+    const auto start = Clock::now();
+    if (fits) {
+      const Parts& parts = self.exchange(alone, best_kernels(), n);
+      if (parts.count > 1) best_kernels().sum_parts(parts, 0, n, data, false);
+    } else {
+      self.sum(alone, best_kernels(), data, n);
+    }
+    s = std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  return seconds;
 }
 
 }  // namespace
@@ -51,6 +76,7 @@ void bind_all_reduce(py::module_& m) {
             self.sum(Worker{0, 1, nullptr}, best_kernels(), reinterpret_cast<float*>(y), n);
           },
           py::arg("y"), py::arg("n"), py::call_guard<py::gil_scoped_release>())
+      .def("time_s", &time_s, py::arg("y"), py::arg("n"), py::arg("repeats"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("count", &AllReduce::count)
       .def_property_readonly("waited_s", [](const AllReduce& self) { return self.waited_ns() * 1e-9; })
       .def("waiting", &AllReduce::waiting);

@@ -39,7 +39,6 @@ void* Arena::allocate(size_t bytes) {
   }
   void* p = static_cast<char*>(chunks_.back().base) + offset_;
   offset_ += size;
-  used_ += size;
   return p;
 }
 

@@ -15,7 +15,6 @@ class Arena {
   // Zeroed memory at a 4 KiB boundary, not yet touched: the thread that writes it first places it.
   // Throws std::bad_alloc.
   void* allocate(size_t bytes);
-  size_t bytes() const { return used_; }
 
  private:
   struct Chunk {
@@ -28,7 +27,6 @@ class Arena {
 
   std::vector<Chunk> chunks_;
   size_t offset_ = 0;  // into the last chunk
-  size_t used_ = 0;
 };
 
 }  // namespace distinf

@@ -119,11 +119,13 @@ inline const bf16* as_bf16(const int8_t* k, int64_t n, AttentionScratch& s) {
   return s.k_rows;
 }
 
-// The pairs of a block's first keys, as many whole vectors as hold the last key that a query sees.
+// The pairs of a block's first keys, as many whole vectors as hold the last key that a query sees. Zeros behind the
+// last elements make whole AMX tiles.
 template <class T, class Ask>
 inline void load_keys(const T* k, int64_t d, int64_t keys, AttentionScratch& s, Ask ask) {
   const bf16* rows = as_bf16(k, round_up(keys, kLanes) * d, s);
-  if (d % 2) std::fill_n(s.k_pairs + d / 2 * 2 * kBlockSize, 2 * kBlockSize, bf16{0});
+  const int64_t whole = d / 2 * 2;
+  std::fill_n(s.k_pairs + whole * kBlockSize, (round_up(d, kDepth) - whole) * kBlockSize, bf16{0});
   for (int64_t key = 0; key < keys; key += kLanes) {
     for (int i = 0; i < kLanes; i++) ask(key + i);
     turn_keys(rows + key * d, d, s.k_pairs + 2 * key);
@@ -221,16 +223,20 @@ struct Block {
   int64_t at(int64_t position) const { return std::clamp<int64_t>(position - first, 0, kBlockSize); }
 };
 
-// Queries [query, query + R) of the tile take in one block.
-template <int R, class T, class Ask>
-inline void attend_queries(const AttentionScratch& s, const Block<T>& block, int64_t query, Partial& part, Ask ask) {
-  const Span any{block.at(s.first_key[query]), block.at(s.end_key[query + R - 1])};
-  if (any.begin >= any.end) return;
-  const int64_t d = block.d, stride = round_up(d, kLanes);
-  alignas(64) float scores[R][kBlockSize], drop[kLanes] = {}, keep[kLanes];
-  float totals[R];
-  score<R>(s.q + query * stride, stride, (d + 1) / 2, s, scores);
-  for (int r = 0; r < R; r++) {
+// Keys of the block that any of the queries [query, query + count) sees: the first one sees the earliest.
+template <class T>
+inline Span seen_by_any(const AttentionScratch& s, const Block<T>& block, int64_t query, int64_t count) {
+  return {block.at(s.first_key[query]), block.at(s.end_key[query + count - 1])};
+}
+
+// Scores of queries [query, query + count), at most kLanes, become weights, and their sums take them in. keep[kLanes]:
+// what is left of the weights of the blocks before.
+template <class T>
+inline void weigh_queries(const AttentionScratch& s, const Block<T>& block, int64_t query, int64_t count,
+                          float (*scores)[kBlockSize], float* keep, Partial& part) {
+  alignas(64) float drop[kLanes] = {};
+  float totals[kLanes];
+  for (int64_t r = 0; r < count; r++) {
     if (s.softcap) cap_scores(scores[r], s.softcap);
     const Span seen{block.at(s.first_key[query + r]), block.at(s.end_key[query + r])};
     const float peak = weigh(scores[r], seen, part.max[query + r], s.v_scale, &totals[r]);
@@ -238,14 +244,25 @@ inline void attend_queries(const AttentionScratch& s, const Block<T>& block, int
     part.max[query + r] = peak;
   }
   store(keep, exp(load(drop)));
-  for (int r = 0; r < R; r++) part.sum[query + r] = part.sum[query + r] * keep[r] + totals[r];
+  for (int64_t r = 0; r < count; r++) part.sum[query + r] = part.sum[query + r] * keep[r] + totals[r];
+}
+
+// Queries [query, query + R) of the tile take in one block.
+template <int R, class T, class Ask>
+inline void attend_queries(const AttentionScratch& s, const Block<T>& block, int64_t query, Partial& part, Ask ask) {
+  const Span any = seen_by_any(s, block, query, R);
+  if (any.begin >= any.end) return;
+  const int64_t d = block.d, stride = query_stride(d);
+  alignas(64) float scores[R][kBlockSize], keep[kLanes];
+  score<R>(s.q + query * stride, stride, (d + 1) / 2, s, scores);
+  weigh_queries(s, block, query, R, scores, keep, part);
   float* acc = part.acc + query * stride;
   int64_t i = 0;
   for (; i + kColumns * kLanes <= d; i += kColumns * kLanes) {
     i ? add_values<R, kColumns>(scores, any, keep, block.v, d, i, acc, stride, AskNothing{})
       : add_values<R, kColumns>(scores, any, keep, block.v, d, i, acc, stride, ask);
   }
-  for (; i < stride; i += kLanes) add_values<R, 1>(scores, any, keep, block.v, d, i, acc, stride, AskNothing{});
+  for (; i < d; i += kLanes) add_values<R, 1>(scores, any, keep, block.v, d, i, acc, stride, AskNothing{});
 }
 
 // The last queries of a tile may be fewer than R.
@@ -257,6 +274,17 @@ inline void attend_up_to(const AttentionScratch& s, const Block<T>& block, int64
   }
   attend_queries<R>(s, block, query, part, ask);
 }
+
+// How the first `count` queries take in a block. attention_amx.cpp has another way.
+struct ByVectors {
+  template <class T>
+  static void take_in(const Block<T>& block, int64_t count, AttentionScratch& s, Partial& part) {
+    attend_up_to<kQueries>(s, block, 0, count, part, block.next_k);
+    for (int64_t query = kQueries; query < count; query += kQueries) {
+      attend_up_to<kQueries>(s, block, query, count - query, part, AskNothing{});
+    }
+  }
+};
 
 template <class T>
 inline Block<T> block_at(const CacheArgs& cache, const BatchArgs& batch, const Tile& tile, int64_t index) {
@@ -270,7 +298,7 @@ inline Block<T> block_at(const CacheArgs& cache, const BatchArgs& batch, const T
 }
 
 // All queries of the tile take in one block.
-template <class T>
+template <class Way, class T>
 inline void attend_block(const AttentionArgs& args, const CacheArgs& cache, const Block<T>& block, const Tile& tile,
                          AttentionScratch& s, Partial& part) {
   load_keys(block.k, block.d, block.at(s.end_key[tile.count - 1]), s, block.next_v);
@@ -279,16 +307,13 @@ inline void attend_block(const AttentionArgs& args, const CacheArgs& cache, cons
     s.k_scale[i] = cache.k_scale ? args.scale * cache.k_scale[place + i] : args.scale;
     s.v_scale[i] = cache.v_scale ? cache.v_scale[place + i] : 1.0f;
   }
-  attend_up_to<kQueries>(s, block, 0, tile.count, part, block.next_k);
-  for (int64_t query = kQueries; query < tile.count; query += kQueries) {
-    attend_up_to<kQueries>(s, block, query, tile.count - query, part, AskNothing{});
-  }
+  Way::take_in(block, tile.count, s, part);
 }
 
 // The tile's queries side by side, what each sees, and empty sums. The padding of a query is zero.
 inline void start_tile(const AttentionArgs& args, const BatchArgs& batch, const Tile& tile, int64_t d,
                        AttentionScratch& s, Partial& part) {
-  const int64_t stride = round_up(d, kLanes);
+  const int64_t stride = query_stride(d);
   s.softcap = args.softcap;
   for (int64_t i = 0; i < tile.count; i++) {
     const int64_t row = tile.row_of(i);
@@ -304,26 +329,26 @@ inline void start_tile(const AttentionArgs& args, const BatchArgs& batch, const 
 }
 
 inline void write_query(const AttentionArgs& args, const Tile& tile, int64_t query, const Partial& part, int64_t d) {
-  const float* acc = part.acc + query * round_up(d, kLanes);
+  const float* acc = part.acc + query * query_stride(d);
   bf16* out = args.out + (tile.row_of(query) * args.q_heads + tile.head_of(query)) * d;
   const Vec inverse = broadcast(1 / part.sum[query]);
   for (int64_t i = 0; i < d; i += kLanes) store_n(out, mul(load(acc + i), inverse), i, d);
 }
 
-template <class T>
+template <class Way, class T>
 inline void attend_tile(const AttentionArgs& args, const CacheArgs& cache, const BatchArgs& batch, const Tile& tile,
                         Span blocks, AttentionScratch& s) {
   Partial& part = blocks.begin > tile.blocks.begin ? s.begun_before : s.own;
   start_tile(args, batch, tile, cache.head_dim, s, part);
   for (int64_t block = blocks.begin; block < blocks.end; block++) {
-    attend_block(args, cache, block_at<T>(cache, batch, tile, block), tile, s, part);
+    attend_block<Way>(args, cache, block_at<T>(cache, batch, tile, block), tile, s, part);
   }
   if (blocks.begin > tile.blocks.begin || blocks.end < tile.blocks.end) return;  // merged after the barrier
   for (int64_t i = 0; i < tile.count; i++) write_query(args, tile, i, part, cache.head_dim);
 }
 
 inline void merge_query(Partial& into, const Partial& from, int64_t query, int64_t d) {
-  const int64_t stride = round_up(d, kLanes);
+  const int64_t stride = query_stride(d);
   const float peak = std::max(into.max[query], from.max[query]);
   const float keep = std::exp(into.max[query] - peak), take = std::exp(from.max[query] - peak);
   into.max[query] = peak;
@@ -352,8 +377,9 @@ inline void merge_tile(const Worker& w, const AttentionArgs& args, const Tile& t
   }
 }
 
-void attention(const Worker& w, const AttentionArgs& args, const CacheArgs& cache, const BatchArgs& batch) {
-  const auto attend = cache.k_scale ? attend_tile<int8_t> : attend_tile<bf16>;
+template <class Way>
+inline void attend_all(const Worker& w, const AttentionArgs& args, const CacheArgs& cache, const BatchArgs& batch) {
+  const auto attend = cache.k_scale ? attend_tile<Way, int8_t> : attend_tile<Way, bf16>;
   const int64_t total = for_each_tile(args, cache, batch, [](const Tile&) {});
   for_each_tile(args, cache, batch, [&](const Tile& tile) {
     const Span blocks = share_of(tile, total, w.index, w.count);
@@ -361,4 +387,8 @@ void attention(const Worker& w, const AttentionArgs& args, const CacheArgs& cach
   });
   w.barrier();
   for_each_tile(args, cache, batch, [&](const Tile& tile) { merge_tile(w, args, tile, total, cache.head_dim); });
+}
+
+void attention(const Worker& w, const AttentionArgs& args, const CacheArgs& cache, const BatchArgs& batch) {
+  attend_all<ByVectors>(w, args, cache, batch);
 }

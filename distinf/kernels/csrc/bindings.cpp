@@ -1,6 +1,7 @@
 // The Python module: operations on raw addresses. distinf/kernels/native.py checks shapes and dtypes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -200,6 +201,13 @@ void embedding(Runtime& rt, uintptr_t ids, uintptr_t table, float scale, uintptr
   });
 }
 
+// Of each thread of the team, by the kernel: by the time that it answers it has been pinned.
+std::vector<int> thread_ids(Runtime& rt) {
+  std::vector<int> ids(rt.team.size());
+  rt.team.run([&](const Worker& w) { ids[w.index] = gettid(); });
+  return ids;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -235,14 +243,13 @@ PYBIND11_MODULE(_native, m) {
           }));
 
   bind_all_reduce(m);
-  py::class_<StepProgram>(m, "StepProgram").def(py::init<>()).def("__len__", &StepProgram::size);
+  py::class_<StepProgram>(m, "StepProgram").def(py::init<>());
 
   py::class_<Runtime> runtime(m, "Runtime");
   bind_moe(runtime);
   runtime
       .def(py::init<Isa, const std::vector<int>&, bool>(), py::arg("isa"), py::arg("cpus"), py::arg("oversubscribed"))
-      .def_property_readonly("threads", [](const Runtime& rt) { return rt.team.size(); })
-      .def_property_readonly("weight_bytes", [](const Runtime& rt) { return rt.arena.bytes(); })
+      .def("thread_ids", &thread_ids)
       .def(
           "record", [](Runtime& rt, StepProgram* program) { rt.recording = program; }, py::arg("program").none(true))
       .def("replay", [](Runtime& rt, const StepProgram& program) { program.replay(rt.team); })

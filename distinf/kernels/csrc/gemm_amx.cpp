@@ -8,14 +8,20 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "amx_tiles.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")
+#pragma GCC diagnostic ignored "-Wunused-function"  // of the shared kernels only the end of a row is used here
+#define DISTINF_HAS_BF16
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-bf16")
 
 namespace distinf {
 namespace {
+#include "vec_avx512.h"
+#include "elementwise.inl"
+#include "gemm_bf16.inl"
 
 constexpr int64_t kBlockRows = 2 * kTileRows;
 // 256 rows x 2048 of K in bf16 are 1 MiB: half of the L2 cache of the CPUs that have AMX. A panel's part (128 KiB)
@@ -102,18 +108,12 @@ inline void tile_block(const LinearArgs& args, const Chunk& chunk, int64_t row, 
   }
 }
 
-void store(const LinearArgs& args, const float* c, int64_t row, int64_t rows, int64_t column) {
-  const int64_t columns = std::min(kPanel, args.w.n - column);
-  for (int64_t r = 0; r < rows; r++) {
-    const int64_t at = (row + r) * args.out_stride + column;
-    for (int64_t i = 0; i < columns; i++) {
-      const float y = c[r * kPanel + i] + (args.bias ? args.bias[column + i] : 0.0f);
-      if (args.out_fp32) {
-        static_cast<float*>(args.out)[at + i] = y;
-      } else {
-        static_cast<bf16*>(args.out)[at + i] = to_bf16(y);
-      }
-    }
+// Rows [row, row + rows) of the result from c[rows][kPanel].
+void store_rows(const LinearArgs& args, const float* c, int64_t row, int64_t rows, int64_t column) {
+  for (int64_t r = 0; r < rows; r++, c += kPanel) {
+    Vec y[kVectors];
+    for (int v = 0; v < kVectors; v++) y[v] = load(c + v * kLanes);
+    store_row(args, row + r, column, y);
   }
 }
 
@@ -132,7 +132,7 @@ void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, floa
     float* c = sums + r * kPanel;
     configure_rows(rows, configured);
     rows > kTileRows ? tile_block<true>(args, chunk, row, w, c) : tile_block<false>(args, chunk, row, w, c);
-    if (chunk.last) store(args, c, row, rows, panel * kPanel);
+    if (chunk.last) store_rows(args, c, row, rows, panel * kPanel);
   }
 }
 

@@ -1,4 +1,5 @@
-// AMX for GEMMs of several rows; everything else is the AVX-512 bf16 path.
+// AMX for GEMMs of several rows and for attention; everything else is the AVX-512 bf16 path.
+#include "attention_amx.h"
 #include "gemm_amx.h"
 
 namespace distinf {
@@ -19,6 +20,7 @@ KernelTable with_amx() {
   KernelTable table = kAvx512Bf16Kernels;
   table.linear_bf16 = linear_bf16;
   table.linear_quantised = linear_quantised;
+  table.attention = attention_amx;
   table.peak_bf16 = peak_bf16_amx;
   table.peak_int8 = peak_int8_amx;
   return table;

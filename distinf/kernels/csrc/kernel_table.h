@@ -72,6 +72,9 @@ constexpr int64_t kMaxHeadDim = 576;
 // turning the keys costs each query 1/64 of a turn.
 constexpr int64_t kTileQueries = 64;
 
+// From one query to the next in the scratch below: four AMX tiles of sums in a row (attention_amx.cpp).
+constexpr int64_t query_stride(int64_t head_dim) { return round_up(head_dim, 64); }
+
 // Softmax-weighted values of a tile's queries over some of their keys, not yet divided by the sum of the weights.
 struct Partial {
   float max[kTileQueries];  // largest score; weights are e^(score - max)
@@ -87,6 +90,7 @@ struct alignas(64) AttentionScratch {
   int64_t first_key[kTileQueries], end_key[kTileQueries];  // positions that each query sees
   bf16 k_rows[kBlockSize * kMaxHeadDim];                   // int8 keys made bf16
   bf16 k_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 2][kBlockSize][2]
+  bf16 v_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 64][kBlockSize / 2][64][2], for AMX
   float k_scale[kBlockSize], v_scale[kBlockSize];
   float softcap;  // of AttentionArgs
 };

@@ -10,7 +10,6 @@ namespace distinf {
 class StepProgram {
  public:
   void add(Op op) { ops_.push_back(std::move(op)); }
-  size_t size() const { return ops_.size(); }
 
   // Same operations on the same addresses; what lies there decides the result.
   void replay(ThreadTeam& team) const {
