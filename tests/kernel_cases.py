@@ -410,7 +410,7 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     dict(lengths=[65], new=[1], heads=1, group=1, offset=0, head_dim=128, window=0),
     # Heads that are no whole vectors or pairs, and the longest.
     dict(lengths=[90], new=[30], heads=2, group=2, offset=0, head_dim=33, window=0),
-    dict(lengths=[70], new=[5], heads=2, group=1, offset=0, head_dim=512, window=0),
+    dict(lengths=[70], new=[5], heads=2, group=1, offset=0, head_dim=576, window=0),
     # A group with more queries than a tile, cut within a row; a prompt's later part; decode beside prefill.
     dict(lengths=[140], new=[3], heads=71, group=71, offset=0, head_dim=32, window=0),
     dict(lengths=[500], new=[200], heads=6, group=3, offset=0, head_dim=64, window=100),

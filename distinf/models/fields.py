@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from distinf.config import ModelConfig
@@ -58,11 +59,11 @@ class Fields:
 
     def integer(self, *names: str, default: Any = _REQUIRED) -> int:
         """A whole number; see get."""
-        return int(self._number(int, *names, default=default))
+        return int(self._number(Integral, *names, default=default))
 
     def number(self, *names: str, default: Any = _REQUIRED) -> float:
         """A number; see get."""
-        return float(self._number((int, float), *names, default=default))
+        return float(self._number(Real, *names, default=default))
 
     def _number(self, kind: Any, *names: str, default: Any) -> Any:
         value = self.get(*names, default=default)

@@ -42,6 +42,12 @@ inline Vec exp(Vec x) {
   return mul(p, exp2_whole(n));
 }
 
+// tanh x = 1 - 2 / (1 + e^(2 x)), to within an ulp of 1
+inline Vec tanh(Vec x) { return sub(broadcast(1.0f), div(broadcast(2.0f), add(broadcast(1.0f), exp(add(x, x))))); }
+
+// cap tanh(x / cap)
+inline Vec soft_capped(Vec x, float cap) { return mul(broadcast(cap), tanh(mul(x, broadcast(1 / cap)))); }
+
 void rope(const Worker& w, bf16* x, int64_t stride, const float* cos, const float* sin, int64_t rows, int64_t heads,
           int64_t head_dim, int64_t half) {
   for (int64_t i = w.begin(rows * heads); i < w.end(rows * heads); i++) {

@@ -2,9 +2,6 @@
 
 inline Vec sigmoid_times(Vec x, Vec u) { return div(x, add(broadcast(1.0f), exp(sub(zero(), u)))); }
 
-// tanh x = 1 - 2 / (1 + e^(2 x)), to within an ulp of 1
-inline Vec tanh(Vec x) { return sub(broadcast(1.0f), div(broadcast(2.0f), add(broadcast(1.0f), exp(add(x, x))))); }
-
 struct Silu {
   static Vec of(Vec x) { return sigmoid_times(x, x); }
 };
@@ -63,9 +60,6 @@ void act(const Worker& w, Act kind, const bf16* x, bf16* out, int64_t rows, int6
     case Act::kRelu: return activate<Relu>(w, x, out, rows, n, gated);
   }
 }
-
-// cap tanh(x / cap)
-inline Vec soft_capped(Vec x, float cap) { return mul(broadcast(cap), tanh(mul(x, broadcast(1 / cap)))); }
 
 void softcap(const Worker& w, float* x, int64_t n, float cap) {
   each_vector(w, n, [&](int64_t i) { store_n(x, soft_capped(load_n(x, i, n), cap), i, n); });
