@@ -27,7 +27,7 @@ RSS_CONSTANT_MB = 450
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_spmd_suite(n: int) -> None:
     """tests/mpi on n ranks."""
-    done = run(ranks(n, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/mpi"))
+    done = run(ranks(n, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/mpi"), timeout_s=900)
     assert done.status == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout)
 
