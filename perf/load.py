@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from distinf.cli import run_ranks
 from distinf.comm import Group, InputError, agreed
 from distinf.config import DTYPES, RunConfig
-from distinf.llm import load_model, place
+from distinf.llm import load_model
 from distinf.models import family
 from distinf.shard import parse_shares
 from distinf.weights import open_checkpoint
@@ -120,7 +120,7 @@ def best_of_three(work: Callable[[], None]) -> float:
 
 def load(directory: Path, run: RunConfig, group: Group, cache: Path | None) -> dict[str, Any]:
     """Load once; what this rank did meanwhile."""
-    place(group, run.threads)  # the first collective connects the ranks
+    group.node_mates()  # the first collective connects the ranks
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _read_bytes()
     group.barrier()

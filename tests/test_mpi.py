@@ -120,8 +120,9 @@ def test_a_mistake_is_one_line_and_status_2_on_many_ranks(n: int, flags: list[st
 def test_a_checkpoint_that_one_rank_cannot_read_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
     """Rank 1's slices lie in a file that is missing on its node: every rank leaves, and rank 0 says whose it was."""
     script = (
-        "import sys; from distinf import cli, weights, comm; from distinf.weights import safetensors as s\n"
-        "if comm.launched_rank() == 1: s._open = lambda path: (_ for _ in ()).throw(OSError(f'{path}: disk on fire'))\n"
+        "from distinf import cli, comm; from distinf.weights.raw import RawFile\n"
+        "def fail(file, *where): raise OSError(f'{file.path}: disk on fire')\n"
+        "if comm.launched_rank() == 1: RawFile.read = fail\n"
         f"cli.main(['generate', '--model', {str(tiny_llama)!r}, '--token-ids', '1'])"
     )
     (tmp_path / "script.py").write_text(script)
