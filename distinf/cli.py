@@ -45,6 +45,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
     parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
+    parser.add_argument(
+        "--device", action="append", default=[], metavar="[RANK=]cpu|cuda|emulated:speed=S,...",
+        help="what a rank (default: the last) computes on; once for each rank that is no cpu",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu-fraction", metavar="F|A,F,V", help="part of the rank with a --device: of all, or of attention, FFN, head"
+    )
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
     parser.add_argument(
         "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
@@ -63,7 +70,8 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
     """The model that the flags of `add_model_arguments` ask for, with room for `kv_tokens`."""
     return LLM(
         args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
-        zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
+        zero_points=args.zero_points, shares=args.shares, devices=args.device, gpu_fraction=args.gpu_fraction,
+        kernels=args.kernels, isa=args.isa, threads=args.threads,
         load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
         group=group, capture=args.capture, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
     )  # fmt: skip
@@ -164,7 +172,10 @@ def _report(llm: LLM, completion: Completion) -> dict[str, Any]:
         **decode_rates(weight_bytes, tpot.get("p50"), ceiling),
         "weight_bytes_per_token": weight_bytes,
         "world_size": group.world_size,
-        "shares": [float(s) for s in llm.run.shares],
+        "shares": [float(s) for s in llm.run.shares.ffn],
+        "attention_shares": [float(s) for s in llm.run.shares.attention],
+        "vocab_shares": [float(s) for s in llm.run.shares.vocab],
+        "devices": [str(device) for device in llm.loaded.devices],
         "dtype": llm.run.dtype,
         "kv_dtype": llm.run.kv_dtype,
         "isa": llm.loaded.kernels.isa,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, field
 from typing import Any
+
+from distinf.device import Device
+from distinf.shard import PhaseShares
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class RunConfig:
     head_dtype: str | None = None  # of the head's; None: like the rest
     group_size: int | None = None  # input features that share a scale; None: the dtype's own
     zero_points: bool = False
-    shares: tuple[Fraction, ...] = (Fraction(1),)
+    shares: PhaseShares = field(default_factory=lambda: PhaseShares.of([1]))
+    devices: tuple[Device, ...] = (Device(),)  # of each rank
     kernels: str = "auto"
     isa: str = "auto"
     threads: int = 0  # per rank; 0: the cores that the rank is bound to

@@ -16,14 +16,16 @@ from distinf import comm, topology
 from distinf import kernels as kernel_library
 from distinf.comm import Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
+from distinf.device import Device, device_rank, parse_devices, parse_fractions, with_rates
 from distinf.engine import Engine, Sequence
 from distinf.kernels import Kernels, Placement
+from distinf.kernels.emulated import HEADROOM, emulated, measure_rates, world_rates
 from distinf.kv_cache import KVCache
 from distinf.memory import MemoryNeed, available_bytes, check_memory
 from distinf.models import Model, family
 from distinf.models.params import Weights
 from distinf.sampling import SamplingParams
-from distinf.shard import ShardPlan, parse_shares
+from distinf.shard import PhaseShares, ShardPlan, parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.load import Cuts, Formats, check_groups, load_weights, weight_bytes
@@ -36,6 +38,7 @@ class LoadedModel:
     model: Model
     kernels: Kernels
     weights: Weights
+    devices: tuple[Device, ...]  # of all ranks; of emulated ones, with the rates in use
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,12 @@ def load_model(
     _check_same(group, config, run)
     placement = place(group, run.threads)
     kernels = agreed(group, lambda: kernel_library.load(run.kernels, run.isa, run.dtype, placement))
+    formats = agreed(group, lambda: Formats.of(run))
+    kernels, devices = on_device(kernels, run.devices, formats, group)
     plan = agreed(
         group, lambda: ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares)
     )
     shard, params, show = plan.shards[group.rank], known.params(config), progress and group.rank == 0
-    formats = agreed(group, lambda: Formats.of(run))
     cuts = Cuts(config, shard)
     agreed(group, lambda: check_groups(params, cuts, formats))
     need = MemoryNeed(
@@ -84,7 +88,22 @@ def load_model(
     needs, mates = group.all_gather_object(need), group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
-    return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights)
+    return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights, devices)
+
+
+def on_device(
+    kernels: Kernels, devices: tuple[Device, ...], formats: Formats, group: Group
+) -> tuple[Kernels, tuple[Device, ...]]:
+    """This rank's kernels at the pace of its device, and all devices with the rates in use. Collective."""
+    worlds = [device for device in devices if device.kind == "emulated"]
+    if not worlds:
+        return kernels, devices
+    if not all(device.read_gb_s and device.tflops for device in worlds):
+        group.barrier()
+        found = group.all_gather_object(measure_rates(kernels, formats.body))
+        read_gb_s, tflops = (HEADROOM * min(rates) for rates in zip(*found, strict=True))
+        devices = with_rates(devices, read_gb_s, tflops)
+    return emulated(kernels, world_rates(devices)[group.rank]), devices
 
 
 def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
@@ -110,6 +129,22 @@ def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
                 raise InputError(f"ranks disagree on {key}: {value} on rank 0, {other[key]} on rank {rank}")
 
 
+def _shares_and_devices(
+    shares: str | PhaseShares | None,
+    devices: list[str] | tuple[Device, ...],
+    gpu_fraction: str | None,
+    world_size: int,
+) -> tuple[PhaseShares, tuple[Device, ...]]:
+    """The flags --shares, --device and --gpu-fraction. Raises ValueError naming the one that is wrong."""
+    on = devices if isinstance(devices, tuple) and devices else parse_devices([str(d) for d in devices], world_size)
+    if isinstance(shares, PhaseShares):
+        return shares, on
+    of = PhaseShares.of(parse_shares(shares, world_size))
+    if gpu_fraction is not None:
+        of = of.with_device(device_rank(on), parse_fractions(gpu_fraction))
+    return of, on
+
+
 class LLM:
     """A loaded model with its tokenizer. Under `mpirun -n N` each rank constructs it and calls the same methods."""
 
@@ -121,7 +156,9 @@ class LLM:
         head_dtype: str | None = None,
         group_size: int | None = None,
         zero_points: bool = False,
-        shares: str | None = None,
+        shares: str | PhaseShares | None = None,
+        devices: list[str] | tuple[Device, ...] = (),
+        gpu_fraction: str | None = None,
         kernels: str = "auto",
         isa: str = "auto",
         threads: int = 0,
@@ -138,9 +175,11 @@ class LLM:
 
         `dtype` is fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None: the same); `group_size`
         and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
-        number for each rank ("3,1"; None: equal). `load_format` "dummy" makes random weights of the shape in
-        `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture` False
-        runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all
+        number for each rank ("3,1"; None: equal), or what the tuner found. `devices` are ranks that are no plain
+        cpu ("1=emulated:speed=4": rank 1); `gpu_fraction` is what the one such rank takes ("0.3", or "0.2,0.5,0" of
+        attention, FFN and vocabulary), the others sharing the rest. `load_format` "dummy" makes random weights of
+        the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture`
+        False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all
         sequences of a call together, a KV cache that does not fit is refused before loading. `progress` shows
         a loading bar on stderr.
 
@@ -156,7 +195,7 @@ class LLM:
                 head_dtype,
                 group_size,
                 zero_points,
-                parse_shares(shares, world_size),
+                *_shares_and_devices(shares, devices, gpu_fraction, world_size),
                 kernels,
                 isa,
                 threads,
