@@ -74,6 +74,7 @@ class RunConfig:
     threads: int = 0  # per rank; 0: the cores that the rank is bound to
     load_format: str = "auto"
     capture: bool = True  # record the decode step once and replay it
+    gpu_memory_gb: float | None = None  # most that the weights of a rank with a device may take; None: all it has
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
 
     def __post_init__(self) -> None:
@@ -92,5 +93,7 @@ class RunConfig:
             raise ValueError(f"--head-dtype {head_dtype} and --dtype {self.dtype}: expected both or neither fp32")
         if self.kv_dtype == "int8" and self.dtype == "fp32":
             raise ValueError("--kv-dtype int8 and --dtype fp32: expected --kv-dtype bf16 or another --dtype")
+        if self.gpu_memory_gb is not None and not self.gpu_memory_gb > 0:
+            raise ValueError(f"--gpu-memory-gb {self.gpu_memory_gb}: expected a number above 0")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")

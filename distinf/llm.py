@@ -85,6 +85,7 @@ def load_model(
         * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)),
         kv_tokens=kv_tokens,
     )
+    agreed(group, lambda: _check_device_memory(run, group.rank, need.weights, config.n_layers))
     needs, mates = group.all_gather_object(need), group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
@@ -109,6 +110,15 @@ def on_device(
 def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
     """What `--kv-dtype` means for these kernels: keys and values as they are computed, or int8."""
     return torch.int8 if run.kv_dtype == "int8" else kernels.act_dtype
+
+
+def _check_device_memory(run: RunConfig, rank: int, nbytes: int, n_layers: int) -> None:
+    """Raises ValueError when this rank has a device and its weights are more than --gpu-memory-gb."""
+    if run.gpu_memory_gb is not None and run.devices[rank].kind != "cpu" and nbytes > 1e9 * run.gpu_memory_gb:
+        raise ValueError(
+            f"--gpu-memory-gb {run.gpu_memory_gb:g}: rank {rank}'s share takes {nbytes / 1e9:.3f} GB, "
+            f"{nbytes / n_layers / 1e9:.3f} GB a layer; expected a smaller --gpu-fraction, or auto"
+        )
 
 
 def _parse(checkpoint: Checkpoint) -> tuple[Any, ModelConfig]:
@@ -159,6 +169,7 @@ class LLM:
         shares: str | PhaseShares | None = None,
         devices: list[str] | tuple[Device, ...] = (),
         gpu_fraction: str | None = None,
+        gpu_memory_gb: float | None = None,
         kernels: str = "auto",
         isa: str = "auto",
         threads: int = 0,
@@ -177,11 +188,11 @@ class LLM:
         and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
         number for each rank ("3,1"; None: equal), or what the tuner found. `devices` are ranks that are no plain
         cpu ("1=emulated:speed=4": rank 1); `gpu_fraction` is what the one such rank takes ("0.3", or "0.2,0.5,0" of
-        attention, FFN and vocabulary), the others sharing the rest. `load_format` "dummy" makes random weights of
-        the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when given. `capture`
-        False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the tokens of all
-        sequences of a call together, a KV cache that does not fit is refused before loading. `progress` shows
-        a loading bar on stderr.
+        attention, FFN and vocabulary), the others sharing the rest, and `gpu_memory_gb` the most its weights may be.
+        `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the model's own),
+        of `num_layers` layers when given. `capture` False runs decode steps eagerly instead of replaying a recorded
+        one. With `kv_tokens`, the tokens of all sequences of a call together, a KV cache that does not fit is
+        refused before loading. `progress` shows a loading bar on stderr.
 
         Raises InputError (a ValueError), on every rank, for anything that cannot be run as asked.
         """
@@ -201,6 +212,7 @@ class LLM:
                 threads,
                 load_format,
                 capture,
+                gpu_memory_gb,
                 kv_dtype,
             ),
         )

@@ -9,7 +9,7 @@ A GEMM of an [n, k] weight on T rows takes max(weight bytes / read_gb_s, 2 T n k
 roofline (Williams et al., CACM 52(4), 2009). Time is kept by phases: from a phase's first GEMM to the fp32 numbers that
 leave it (a row-parallel linear's partial sums, the head's logits). An emulated device adds to each phase in which it
 has work `latency_us`, and what crosses its link: the phase's input in act_dtype, and the fp32 that leaves it.
-Attention, norms and reductions take the time that they really take; within a phase they are hidden while the GEMMs' time lasts.
+Attention, norms and reductions take the time that they really take; in a phase they hide behind the GEMMs' time.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distinf import LLM, Group, SamplingParams, comm
 from distinf.comm.single import SingleGroup
+from distinf.device import Device
+from distinf.hetero.tune import tune, tune_cached
+from distinf.shard import PhaseShares
 from tests.conftest import make_tiny
 
 PROMPTS = [[5, 6, 7], list(range(100, 140))]
@@ -24,6 +28,24 @@ def path(group: Group, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint that rank 0 writes."""
     directory = make_tiny(tmp_path_factory.mktemp("hetero")) if group.rank == 0 else None
     return Path(group.broadcast_object(directory))
+
+
+def test_tuned_shares_are_the_same_everywhere_and_kept(group: Group, path: Path, tmp_path_factory: Any) -> None:
+    loads = []
+
+    def load(shares: PhaseShares | None, devices: tuple[Device, ...] | None) -> LLM:
+        loads.append(shares)
+        given = devices or ["emulated:speed=2,read_gb_s=1,tflops=1"]
+        return LLM(str(path), dtype="fp32", shares=shares, devices=given, group=group)
+
+    tuning = tune(load, (1,))
+    assert tuning.chosen in tuning.candidates and tuning.chosen.measured_ms
+    assert set(tuning.profile.lines[1]) == {"attention", "ffn", "vocab"}
+    assert all(other == tuning.chosen for other in group.all_gather_object(tuning.chosen))
+    directory = group.broadcast_object(str(tmp_path_factory.mktemp("cache")))
+    first = tune_cached(load, {"model": str(path)}, group, directory)
+    loads.clear()
+    assert tune_cached(load, {"model": str(path)}, group, directory) == first and not loads
 
 
 def tokens(llm: LLM) -> list[list[int]]:
