@@ -17,7 +17,7 @@ from distinf.comm import Group, InputError, agreed
 from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS
 from distinf.device import Device, device_rank, parse_devices
 from distinf.engine import Sequence
-from distinf.hetero.tune import CACHE_DIR, ROWS, Candidate, Load, Tuning, tune, tune_cached
+from distinf.hetero.tune import CACHE_DIR, ROWS, Candidate, Load, Tuning, tune, tune_cached, within_memory
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
 from distinf.sampling import SamplingParams
@@ -80,7 +80,13 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
     if args.gpu_fraction == "auto":
         agreed(group, lambda: device_rank(parse_devices(args.device, group.world_size)))
     asked = {key: vars(args)[key] for key in _TUNED_FOR}
-    return load(tune_cached(load, asked, group, args.tune_cache, memory_gb=args.gpu_memory_gb), None)
+    return load(tune_cached(load, asked, group, args.tune_cache, args.gpu_memory_gb, start_shares(args, group)), None)
+
+
+def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
+    """Where the tuner begins: as the flags say (None), unless --gpu-memory-gb makes that doubtful."""
+    devices = agreed(group, lambda: parse_devices(args.device, group.world_size))
+    return None if args.gpu_memory_gb is None else within_memory(devices)
 
 
 # Flags that shares depend on, besides those that `tune_cached` is given.
@@ -257,7 +263,7 @@ def run_tune(args: argparse.Namespace, group: Group) -> None:
     rows = tuple(agreed(group, lambda: _numbers("--rows", args.rows)))
     if not rows or min(rows) < 1:
         raise InputError(f"--rows {args.rows!r}: expected numbers of 1 or more")
-    tuning = tune(loader(args, group, 0), rows, args.batch, args.gpu_memory_gb)
+    tuning = tune(loader(args, group, 0), rows, args.batch, args.gpu_memory_gb, start_shares(args, group))
     if group.rank == 0:
         print(json.dumps(tuning_report(tuning)) if args.json else _tuning_text(tuning), flush=True)
 

@@ -85,7 +85,8 @@ def load_model(
         * KVCache.bytes_per_token(config.n_layers, len(shard.kv_heads), config.head_dim, cache_dtype(run, kernels)),
         kv_tokens=kv_tokens,
     )
-    agreed(group, lambda: _check_device_memory(run, group.rank, need.weights, config.n_layers))
+    linears = weight_bytes([p for p in params if p.kind == "linear"], cuts, formats, kernels.act_dtype)
+    agreed(group, lambda: _check_device_memory(run, group.rank, linears, config.n_layers))
     needs, mates = group.all_gather_object(need), group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
@@ -113,7 +114,7 @@ def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
 
 
 def _check_device_memory(run: RunConfig, rank: int, nbytes: int, n_layers: int) -> None:
-    """Raises ValueError when this rank has a device and its weights are more than --gpu-memory-gb."""
+    """Raises ValueError when this rank has a device and its linears are more than --gpu-memory-gb."""
     if run.gpu_memory_gb is not None and run.devices[rank].kind != "cpu" and nbytes > 1e9 * run.gpu_memory_gb:
         raise ValueError(
             f"--gpu-memory-gb {run.gpu_memory_gb:g}: rank {rank}'s share takes {nbytes / 1e9:.3f} GB, "

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distinf.cli import add_model_arguments, loader, run_ranks, tuning_report
+from distinf.cli import add_model_arguments, loader, run_ranks, start_shares, tuning_report
 from distinf.comm import Group, InputError, agreed
 from distinf.device import device_rank, parse_fractions
 from distinf.hetero.solve import token_s, water_fill
@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace, group: Group) -> None:
             raise InputError(f"--{flag} {getattr(args, flag)}: expected {least} or more")
     plot = agreed(group, lambda: _matplotlib() if args.png else None)
     load = loader(args, group, 0)
-    tuning = tune(load, (args.batch,), args.batch, args.gpu_memory_gb)
+    tuning = tune(load, (), args.batch, args.gpu_memory_gb, start_shares(args, group))
     config = load(tuning.chosen.shares, tuning.devices).config
     lines, reduce_s = tuning.profile.lines[args.batch], tuning.profile.reduce_s[args.batch]
 

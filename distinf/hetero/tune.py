@@ -61,13 +61,20 @@ class Tuning:
     devices: tuple[Device, ...]  # with the rates in use
 
 
-def tune(load: Load, rows: tuple[int, ...] = ROWS, batch: int = 1, memory_gb: float | None = None) -> Tuning:
+def tune(
+    load: Load,
+    rows: tuple[int, ...] = ROWS,
+    batch: int = 1,
+    memory_gb: float | None = None,
+    start: PhaseShares | None = None,
+) -> Tuning:
     """Shares for the least time of a decode step of `batch` sequences. Collective.
 
-    `rows` are measured besides `batch`; `memory_gb` limits the weights of ranks that are no plain cpu. Raises
-    InputError when the ranks have no room for the model.
+    A token is measured with the shares `start` (None: as the load has them) before anything is known. `rows` are
+    measured besides `batch`; `memory_gb` limits the weights of ranks that are no plain cpu. Raises InputError when the
+    ranks have no room for the model.
     """
-    llm = load(None, None)
+    llm = load(start, None)
     config, group, devices = llm.config, llm.group, llm.loaded.devices
     measured_ms = decode_ms(llm, batch)
     first = llm.run.shares
@@ -87,6 +94,12 @@ def tune(load: Load, rows: tuple[int, ...] = ROWS, batch: int = 1, memory_gb: fl
     for option in options[:_TRIED]:
         tried.append(replace(option, measured_ms=decode_ms(load(option.shares, devices), batch)))
     return Tuning(batch, choose(tried), tried + options[_TRIED:], found, rest_ms, devices)
+
+
+def within_memory(devices: tuple[Device, ...]) -> PhaseShares | None:
+    """Shares to start from where devices have little memory: all on plain ranks. None where there is none."""
+    plain = [int(device.kind == "cpu") for device in devices]
+    return PhaseShares.of(plain) if any(plain) else None
 
 
 def choose(tried: list[Candidate]) -> Candidate:
@@ -163,21 +176,26 @@ def decode_ms(llm: LLM, batch: int, new_tokens: int = _NEW_TOKENS) -> float:
 
 
 def tune_cached(
-    load: Load, identity: dict[str, Any], group: Group, cache_dir: str, batch: int = 1, memory_gb: float | None = None
+    load: Load,
+    identity: dict[str, Any],
+    group: Group,
+    cache_dir: str,
+    memory_gb: float | None = None,
+    start: PhaseShares | None = None,
 ) -> PhaseShares:
-    """Shares from the cache, or tuned and kept there. Collective; rank 0 reads and writes.
+    """Shares for a batch of one from the cache, or tuned and kept there. Collective; rank 0 reads and writes.
 
     `identity` is what was asked for, besides the hosts and the numbers here. Raises InputError as `tune` does.
     """
     hosts = group.all_gather_object([socket.gethostname(), native.cpu_name(), os.cpu_count()])
-    key = {**identity, "hosts": hosts, "comm": group.name, "batch": batch, "memory_gb": memory_gb}
+    key = {**identity, "hosts": hosts, "comm": group.name, "memory_gb": memory_gb}
     path = Path(cache_dir).expanduser() / (
         hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".json"
     )
     known = group.broadcast_object(read(path, key) if group.rank == 0 else None)
     if known is not None:
         return PhaseShares(**{phase: tuple(map(Fraction, shares)) for phase, shares in known.items()})
-    tuning = tune(load, (batch,), batch, memory_gb)
+    tuning = tune(load, (), 1, memory_gb, start)
     agreed(group, lambda: write(path, key, tuning.chosen) if group.rank == 0 else None)
     return tuning.chosen.shares
 
