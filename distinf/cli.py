@@ -57,6 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of the rank with a --device: of all, or of attention, FFN, head; auto: see distinf tune",
     )  # fmt: skip
     parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="most for the weights on a --device")
+    parser.add_argument("--gpu-stream-all", action="store_true", help="keep no weights on the GPU: for comparison")
     parser.add_argument("--tune-cache", default=CACHE_DIR, metavar="DIR", help="what auto found (default: %(default)s)")
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
     parser.add_argument(
@@ -92,7 +93,7 @@ def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
 # Flags that shares depend on, besides those that `tune_cached` is given.
 _TUNED_FOR = (
     "model", "dtype", "head_dtype", "group_size", "zero_points", "device", "comm_dtype", "kernels", "isa", "threads",
-    "capture", "load_format", "kv_dtype", "config", "num_layers",
+    "capture", "gpu_stream_all", "load_format", "kv_dtype", "config", "num_layers",
 )  # fmt: skip
 
 
@@ -105,7 +106,8 @@ def loader(args: argparse.Namespace, group: Group, kv_tokens: int) -> Load:
         return LLM(
             args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
             zero_points=args.zero_points, shares=shares or asked, devices=devices or args.device,
-            gpu_fraction=fraction, gpu_memory_gb=args.gpu_memory_gb, kernels=args.kernels, isa=args.isa,
+            gpu_fraction=fraction, gpu_memory_gb=args.gpu_memory_gb,
+            gpu_stream_all=args.gpu_stream_all, kernels=args.kernels, isa=args.isa,
             threads=args.threads, load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config,
             num_layers=args.num_layers, group=group, capture=args.capture, kv_tokens=kv_tokens,
             progress=sys.stderr.isatty(),

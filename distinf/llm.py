@@ -70,7 +70,7 @@ def load_model(
     known, config = agreed(group, lambda: _parse(checkpoint))
     _check_same(group, config, run)
     placement = place(group, run.threads)
-    kernels = agreed(group, lambda: kernel_library.load(run.kernels, run.isa, run.dtype, placement))
+    kernels = agreed(group, lambda: load_kernels(run, group.rank, placement))
     formats = agreed(group, lambda: Formats.of(run))
     kernels, devices = on_device(kernels, run.devices, formats, group)
     plan = agreed(
@@ -91,6 +91,14 @@ def load_model(
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     weights = agreed(group, lambda: load_weights(checkpoint, params, cuts, group.rank, kernels, formats, show))
     return LoadedModel(known.build(config, shard, weights, kernels, group), kernels, weights, devices)
+
+
+def load_kernels(run: RunConfig, rank: int, placement: Placement) -> Kernels:
+    """What a rank computes with, at its own speed. Raises ValueError where that cannot be had."""
+    device = run.devices[rank]
+    memory = 0.0 if run.gpu_stream_all else float("inf") if run.gpu_memory_gb is None else 1e9 * run.gpu_memory_gb
+    gpu = device.index if device.kind == "cuda" else None
+    return kernel_library.load(run.kernels, run.isa, run.dtype, placement, gpu, memory)
 
 
 def on_device(
@@ -114,11 +122,15 @@ def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
 
 
 def _check_device_memory(run: RunConfig, rank: int, nbytes: int, n_layers: int) -> None:
-    """Raises ValueError when this rank has a device and its linears are more than --gpu-memory-gb."""
-    if run.gpu_memory_gb is not None and run.devices[rank].kind != "cpu" and nbytes > 1e9 * run.gpu_memory_gb:
+    """Raises ValueError when this rank's linears are too large for --gpu-memory-gb: on a GPU, those of one layer, since
+    the rest is streamed; on an emulated device all of them.
+    """
+    kind = run.devices[rank].kind
+    layer = nbytes / n_layers
+    if run.gpu_memory_gb is not None and {"cpu": 0.0, "cuda": layer}.get(kind, nbytes) > 1e9 * run.gpu_memory_gb:
         raise ValueError(
             f"--gpu-memory-gb {run.gpu_memory_gb:g}: rank {rank}'s share takes {nbytes / 1e9:.3f} GB, "
-            f"{nbytes / n_layers / 1e9:.3f} GB a layer; expected a smaller --gpu-fraction, or auto"
+            f"{layer / 1e9:.3f} GB a layer; expected a smaller --gpu-fraction, or auto"
         )
 
 
@@ -171,6 +183,7 @@ class LLM:
         devices: list[str] | tuple[Device, ...] = (),
         gpu_fraction: str | None = None,
         gpu_memory_gb: float | None = None,
+        gpu_stream_all: bool = False,
         kernels: str = "auto",
         isa: str = "auto",
         threads: int = 0,
@@ -189,7 +202,9 @@ class LLM:
         and `zero_points` are those of the quantised ones. `kv_dtype` int8 halves the KV cache. `shares` is one
         number for each rank ("3,1"; None: equal), or what the tuner found. `devices` are ranks that are no plain
         cpu ("1=emulated:speed=4": rank 1); `gpu_fraction` is what the one such rank takes ("0.3", or "0.2,0.5,0" of
-        attention, FFN and vocabulary), the others sharing the rest, and `gpu_memory_gb` the most its weights may be.
+        attention, FFN and vocabulary), the others sharing the rest, and `gpu_memory_gb` the most its weights may be
+        (on a GPU the rest is streamed; with `gpu_stream_all` everything).
+
         `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the model's own),
         of `num_layers` layers when given. `capture` False runs decode steps eagerly instead of replaying a recorded
         one. With `kv_tokens`, the tokens of all sequences of a call together, a KV cache that does not fit is
@@ -214,6 +229,7 @@ class LLM:
                 load_format,
                 capture,
                 gpu_memory_gb,
+                gpu_stream_all,
                 kv_dtype,
             ),
         )

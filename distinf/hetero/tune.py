@@ -13,7 +13,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from distinf import kernels as kernel_library
 from distinf.comm import Group, agreed
 from distinf.config import ModelConfig
 from distinf.device import Device
@@ -21,7 +20,7 @@ from distinf.hetero import profile
 from distinf.hetero.profile import Profile
 from distinf.hetero.solve import Lines, Room, best_shares, token_s
 from distinf.kernels import Kernels, native
-from distinf.llm import LLM, on_device, place
+from distinf.llm import LLM, load_kernels, on_device, place
 from distinf.sampling import SamplingParams
 from distinf.shard import PhaseShares
 from distinf.stats import token_gaps_ms
@@ -161,8 +160,7 @@ def _kernel_factory(llm: LLM) -> Callable[[], Kernels]:
     placement, formats = place(group, run.threads), Formats.of(run)
 
     def new_kernels() -> Kernels:
-        kernels = kernel_library.load(run.kernels, run.isa, run.dtype, placement)
-        return on_device(kernels, devices, formats, group)[0]
+        return on_device(load_kernels(run, group.rank, placement), devices, formats, group)[0]
 
     return new_kernels
 

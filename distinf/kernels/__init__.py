@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distinf.kernels import ipex, native
+from distinf.kernels import cuda, ipex, native
 from distinf.kernels.formats import Format
 from distinf.kernels.ranks import Ranks
 from distinf.kernels.reference import ReferenceKernels
@@ -52,7 +52,7 @@ class ReadProbe(Protocol):
 class Kernels(Protocol):
     """The ops. All tensors are contiguous in their last dimension; shapes are asserted, not broadcast."""
 
-    name: str  # "native", "reference" or "ipex"
+    name: str  # "native", "reference", "ipex" or "cuda"
     isa: str  # instruction set really used
     threads: int
     act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
@@ -133,11 +133,22 @@ class Placement:
     oversubscribed: bool = False
 
 
-def load(name: str, isa: str, dtype: str, placement: Placement) -> Kernels:
-    """Kernels by `--kernels` name, `--isa` and `--dtype`.
+def load(
+    name: str,
+    isa: str,
+    dtype: str,
+    placement: Placement,
+    gpu: int | None = None,
+    gpu_memory_bytes: float = float("inf"),
+) -> Kernels:
+    """Kernels by `--kernels` name, `--isa` and `--dtype`; on a rank with a GPU, those of this CUDA device.
 
-    Raises ValueError when the kernels or the instruction set that are asked for cannot be had.
+    Weights beyond `gpu_memory_bytes` are streamed to the GPU at each use. Raises ValueError when the kernels, the
+    instruction set or the GPU that are asked for cannot be had.
     """
+    if gpu is not None:
+        act_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+        return cuda.CudaKernels(torch.device("cuda", gpu), act_dtype, gpu_memory_bytes)
     if name == "auto":
         name = "native" if dtype != "fp32" and native.best_isa() else "reference"
     if name == "native":
