@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from distinf.cli import add_model_arguments, loader, run_ranks, start_shares, tuning_report
 from distinf.comm import Group, InputError, agreed
-from distinf.device import device_rank, parse_fractions
+from distinf.device import device_rank
 from distinf.hetero.solve import token_s, water_fill
 from distinf.hetero.tune import Tuning, decode_ms, tune
 from distinf.shard import PhaseShares, parse_shares
-
-STEPS = 10
 
 
 def main() -> None:
@@ -32,6 +31,7 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--batch", type=int, default=1, help="sequences at once (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="timed of each point (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of the fraction from 0 to 1 (default: %(default)s)")
     parser.add_argument("--png", metavar="FILE", help="plot the sweep (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="last line of stdout: one JSON object")
     parser.set_defaults(run=measure)
@@ -40,7 +40,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, group: Group) -> None:
     """Tune, sweep, report. Collective."""
-    for flag, least in (("batch", 1), ("tokens", 4)):
+    for flag, least in (("batch", 1), ("tokens", 4), ("steps", 1)):
         if getattr(args, flag) < least:
             raise InputError(f"--{flag} {getattr(args, flag)}: expected {least} or more")
     plot = agreed(group, lambda: _matplotlib() if args.png else None)
@@ -69,10 +69,9 @@ def measure(args: argparse.Namespace, group: Group) -> None:
     if len([device for device in tuning.devices if device.kind != "cpu"]) == 1:
         rank = device_rank(tuning.devices)
         result["auto"]["fraction"] = round(_fraction(tuning.chosen.shares, rank), 4)
-        for i in range(STEPS + 1):
-            fraction = f"{i / STEPS:g}"
-            shares = equal.with_device(rank, parse_fractions(fraction))
-            result["sweep"].append({"fraction": i / STEPS, **point(shares)})
+        for i in range(args.steps + 1):
+            shares = equal.with_device(rank, (Fraction(i, args.steps),) * 3)
+            result["sweep"].append({"fraction": i / args.steps, **point(shares)})
     if group.rank == 0:
         print(table(result))
         if plot:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,38 @@ def test_mistakes_are_one_line_and_status_2(flags: list[str], message: str) -> N
     done = run(ranks(2, "generate", "--token-ids", "1", *flags), timeout_s=60)
     assert done.status == 2 and "Traceback" not in done.stderr
     assert [message in line for line in done.stderr.splitlines() if "distinf: error:" in line] == [True]
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_the_sweep_prints_its_fields() -> None:
+    device = "emulated:speed=2,latency_us=25,link_gb_s=24,read_gb_s=4,tflops=1"
+    model = ["--load-format", "dummy", "--config", "tests/support/two_units.json", "--device", device]
+    result = run(
+        ranks(2, "python", "perf/hetero.py", *model, "--tokens", 4, "--steps", 2, "--json"), timeout_s=120
+    ).result
+    assert [point["fraction"] for point in result["sweep"]] == [0, 0.5, 1]
+    for point in (*result["sweep"], result["auto"], result["equal"]):
+        assert point["tpot_ms"] > 0 and isinstance(point["predicted_ms"], float)
+    assert 0 <= result["auto"]["fraction"] <= 1
+    assert result["device"] == ["cpu", device]
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_what_was_tuned_is_kept_and_used(tmp_path: Path) -> None:
+    """One load of the second job, with the shares that the first one found."""
+    device = ["--device", "emulated:speed=8,latency_us=20000,read_gb_s=4,tflops=1"]
+    model = ["--load-format", "dummy", "--config", "tests/support/two_units.json", "--token-ids", "1", "--json"]
+    command = ranks(
+        2, "generate", *model, *device, "--max-new-tokens", 2, "--gpu-fraction", "auto", "--tune-cache", tmp_path
+    )
+    first = run(command, timeout_s=120).result
+    assert first["shares"][1] == first["attention_shares"][1] == 0 < first["shares"][0]  # 20 ms a phase
+    (kept,) = tmp_path.iterdir()
+    text = kept.read_text()
+    assert "measured_ms" in text
+    shares = json.loads(text)
+    shares["shares"]["vocab"] = ["1", "1"]
+    kept.write_text(json.dumps(shares))
+    assert run(command, timeout_s=120).result["vocab_shares"] == [1, 1]

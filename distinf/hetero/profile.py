@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -49,8 +50,8 @@ def measure(
     """
     points: dict[tuple[int, str], list[tuple[float, float]]] = {(t, phase): [] for t in rows for phase in PHASES}
     for phase in PHASES:
-        for share in SHARES:
-            for t, point in _timed(config, formats, group, new_kernels, rows, phase, share).items():
+        for shard in _shards(config):
+            for t, point in _timed(config, formats, group, new_kernels, rows, phase, shard).items():
                 if point[0]:  # a quarter of one head is none
                     points[t, phase].append(point)
     everyone = group.all_gather_object({key: fit(found) for key, found in points.items()})
@@ -66,10 +67,9 @@ def _timed(
     new_kernels: Callable[[], Kernels],
     rows: tuple[int, ...],
     phase: str,
-    share: Fraction,
+    shard: Shard,
 ) -> dict[int, tuple[float, float]]:
-    """rows -> (share that it came to, seconds) of one layer of a phase, or of the head."""
-    shard = one_shard(config, share)
+    """rows -> (the shard's share, seconds) of one layer of a phase, or of the head."""
     kernels = new_kernels()
     form = formats.head if phase == "vocab" else formats.body
     shapes = [(_shape(config, shard, param), param.columns is not None) for param in phase_params(config, phase)]
@@ -124,8 +124,17 @@ def phase_params(config: ModelConfig, phase: str) -> list[Param]:
     return [p for p in first if cut in (p.columns, *(source.rows for source in p.sources))]
 
 
+def _shards(config: ModelConfig) -> list[Shard]:
+    """Those of SHARES that the model can be cut into: a very small one only whole."""
+    found = []
+    for share in SHARES:
+        with suppress(ValueError):
+            found.append(one_shard(config, share))
+    return found
+
+
 def one_shard(config: ModelConfig, share: Fraction) -> Shard:
-    """The first rank's shard when it has `share` of everything."""
+    """The first rank's shard when it has `share` of everything. Raises ValueError when one of two would be empty."""
     shares = PhaseShares.of([share, 1 - share])
     return ShardPlan.build(config.n_heads, config.n_kv_heads, config.ffn, config.vocab, shares).shards[0]
 

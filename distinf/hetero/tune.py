@@ -156,7 +156,8 @@ def _room(config: ModelConfig, formats: Formats, devices: tuple[Device, ...], me
 
 
 def _kernel_factory(llm: LLM) -> Callable[[], Kernels]:
-    run, group, devices = llm.run, llm.group, llm.loaded.devices
+    # What is timed is resident: the solver keeps to the memory.
+    run, group, devices = replace(llm.run, gpu_memory_gb=None), llm.group, llm.loaded.devices
     placement, formats = place(group, run.threads), Formats.of(run)
 
     def new_kernels() -> Kernels:

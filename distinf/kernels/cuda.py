@@ -109,7 +109,8 @@ class CudaKernels(ReferenceKernels):
         if weight.form.bits == 4:
             data = torch.stack((data & 15, data >> 4), -1).flatten(1)
         groups = data.unflatten(1, (weight.scale.shape[1], -1))
-        return (weight.scale * groups + weight.offset).flatten(1).to(self.act_dtype)
+        dequantised: torch.Tensor = weight.scale * groups + weight.offset
+        return dequantised.flatten(1).to(self.act_dtype)
 
     def linear(
         self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -127,7 +128,7 @@ class CudaKernels(ReferenceKernels):
         if weight.form.digits == 1 and x.numel():  # w8a8 rounds activations; two digits are finer than bf16
             x = quantise_activations(x, 1).to(self.act_dtype)
         y = F.linear(x, self._weight(weight)) if weight.k and weight.n else x.new_zeros(len(x), weight.n)
-        return cast(torch.Tensor, y if bias is None else y.float() + self._constant(bias))
+        return y if bias is None else self._constant(bias) + y.float()
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
         sums = self._to_host("sums", self._linear(x, weight, bias).float())
