@@ -50,6 +50,7 @@ def test_streamed_tensors_come_back_in_any_order() -> None:
     kept = [streamer.keep(x) for x in data]
     for i in [0, 1, 2, 3, 0, 1, 3, 2, 2, 0]:
         assert torch.equal(streamer.use(kept[i]), data[i])
+        assert streamer._coming is kept[(i + 1) % len(kept)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

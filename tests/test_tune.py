@@ -121,6 +121,8 @@ def test_all_and_nothing_are_candidates_where_they_fit() -> None:
     small = Room({"attention": 3, "ffn": 10, "vocab": 2}, [float("inf"), 5.0])
     assert "device only" not in dict(candidates(config(), lines_of(4), small, devices))
     assert [name for name, _ in candidates(config(), lines_of(2), UNLIMITED, (Device(), Device()))] == ["balanced"]
+    useless = candidates(config(), lines_of(8, latency_us=1e6), UNLIMITED, devices)
+    assert [name for name, _ in useless] == ["balanced", "device only"]  # no shares twice
 
 
 def test_the_prediction_holds_unless_another_is_clearly_faster() -> None:

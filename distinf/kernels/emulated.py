@@ -52,7 +52,7 @@ class Rates:
 
 def world_rates(devices: Sequence[Device]) -> list[Rates]:
     """Each rank's rates in a world of which some rank is emulated, whose rates are known by now."""
-    fastest = max([1.0] + [device.speed for device in devices])
+    fastest = max(device.speed for device in devices)
     world = next(device for device in devices if device.kind == "emulated")
     return [
         Rates(
