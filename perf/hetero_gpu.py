@@ -62,7 +62,8 @@ class Pair(SingleGroup):
         return [x, other] if self.rank == 0 else [other, x]
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.all_gather_object(x.clone()))
+        # As arrays: tensors would travel as descriptors of shared memory.
+        return torch.stack([torch.from_numpy(part) for part in self.all_gather_object(x.numpy().copy())])
 
     def broadcast_object(self, x: Any = None) -> Any:
         return self.all_gather_object(x)[0]
