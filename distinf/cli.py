@@ -16,13 +16,15 @@ from typing import Any, NoReturn
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
 from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, MEMBINDS, RunConfig
+from distinf.device import Device, device_rank, parse_devices
 from distinf.engine import Sequence
+from distinf.hetero.tune import CACHE_DIR, ROWS, Candidate, Load, Tuning, tune, tune_cached, within_memory
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
 from distinf.memory import available_bytes
 from distinf.plan import Plan, RankReport, report
 from distinf.sampling import SamplingParams
-from distinf.shard import parse_shares
+from distinf.shard import PhaseShares, parse_shares
 from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
 from distinf.tokenizer import DEFAULT_MODEL, find_model
 from distinf.weights import Checkpoint, open_checkpoint
@@ -38,6 +40,16 @@ class _Parser(argparse.ArgumentParser):
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the model and how it is run; also those of perf/latency.py."""
     add_weight_arguments(parser)
+    parser.add_argument(
+        "--device", action="append", default=[], metavar="[RANK=]cpu|emulated:speed=S,...",
+        help="what a rank (default: the last) computes on; once for each rank that is no cpu",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu-fraction", metavar="F|A,F,V|auto",
+        help="part of the rank with a --device: of all, or of attention, FFN, head; auto: see distinf tune",
+    )  # fmt: skip
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="most for the weights on a --device")
+    parser.add_argument("--tune-cache", default=CACHE_DIR, metavar="DIR", help="what auto found (default: %(default)s)")
     parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
     parser.add_argument(
         "--timeout",
@@ -79,30 +91,69 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights that share a scale; 0: a channel (default: 32 in int4, else 0)",
     )
     parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
-    parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank (default: equal)")
+    parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank, or auto (default: equal)")
     parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
 
 
 def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
     """The model that the flags of `add_model_arguments` ask for, with room for `kv_tokens`."""
-    return LLM(
-        args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
-        zero_points=args.zero_points, shares=args.shares, kernels=args.kernels, isa=args.isa, threads=args.threads,
-        load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers,
-        membind=args.membind, group=group, capture=args.capture, timeout_s=args.timeout, kv_tokens=kv_tokens,
-        progress=sys.stderr.isatty(), notify=_notifier(group), pack_cache=args.pack_cache,
-    )  # fmt: skip
+    load = loader(args, group, kv_tokens, args.pack_cache)
+    if "auto" not in (args.shares, args.gpu_fraction):
+        return load(None, None)
+    if args.gpu_fraction == "auto":
+        agreed(group, lambda: device_rank(parse_devices(args.device, group.world_size)))
+    asked = {key: vars(args)[key] for key in _TUNED_FOR}
+    trial, start = loader(args, group, kv_tokens), start_shares(args, group)
+    return load(tune_cached(trial, asked, group, args.tune_cache, args.gpu_memory_gb, start), None)
+
+
+def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
+    """Where the tuner begins: as the flags say (None), unless --gpu-memory-gb makes that doubtful."""
+    devices = agreed(group, lambda: parse_devices(args.device, group.world_size))
+    return None if args.gpu_memory_gb is None else within_memory(devices)
+
+
+# Flags that shares depend on, besides those that `tune_cached` is given.
+_TUNED_FOR = (
+    "model", "dtype", "head_dtype", "group_size", "zero_points", "device", "comm_dtype", "kernels", "isa", "threads",
+    "membind", "capture", "load_format", "kv_dtype", "config", "num_layers",
+)  # fmt: skip
+
+
+def loader(args: argparse.Namespace, group: Group, kv_tokens: int, pack_cache: str | None = None) -> Load:
+    """Loads what the flags ask for, on shares and devices in the place of theirs; auto means equal shares here."""
+    notify = _notifier(group)
+
+    def load(shares: PhaseShares | None, devices: tuple[Device, ...] | None) -> LLM:
+        asked = None if args.shares == "auto" else args.shares
+        fraction = None if args.gpu_fraction == "auto" else args.gpu_fraction
+        return LLM(
+            args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
+            zero_points=args.zero_points, shares=shares or asked, devices=devices or args.device,
+            gpu_fraction=fraction, gpu_memory_gb=args.gpu_memory_gb, kernels=args.kernels, isa=args.isa,
+            threads=args.threads, load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config,
+            num_layers=args.num_layers, membind=args.membind, group=group, capture=args.capture,
+            timeout_s=args.timeout, kv_tokens=kv_tokens, progress=sys.stderr.isatty(), notify=notify,
+            pack_cache=pack_cache,
+        )  # fmt: skip
+
+    return load
 
 
 def _notifier(group: Group) -> Callable[[str], None]:
-    """Prints a line on rank 0's stderr."""
-    if group.rank != 0:
-        return lambda line: None
-    return lambda line: print(f"distinf: {line}", file=sys.stderr, flush=True)
+    """Prints lines on rank 0's stderr; what models loaded one after the other have to say alike, once."""
+    told: set[str] = set()
+
+    def notify(line: str) -> None:
+        if group.rank == 0 and line not in told:
+            told.add(line)
+            print(f"distinf: {line}", file=sys.stderr, flush=True)
+
+    return notify
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """`distinf generate|plan|info`."""
+    """`distinf generate|plan|tune|info`."""
     parser = _Parser(prog="distinf", description="Large language models on CPU sockets, one machine or many.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -131,6 +182,18 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-gb", type=float, metavar="GB", help="memory of a rank (default: this machine's part)")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.set_defaults(run=run_plan, comm="single")
+
+    tuning = commands.add_parser("tune", help="measure the ranks and choose their shares")
+    add_model_arguments(tuning)
+    tuning.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default: %(default)s)")
+    tuning.add_argument(
+        "--rows",
+        default=",".join(map(str, ROWS)),
+        metavar="N,N,...",
+        help="steps that are measured (default: %(default)s)",
+    )
+    tuning.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    tuning.set_defaults(run=run_tune)
 
     info = commands.add_parser("info", help="versions, instruction sets, placement of each rank")
     info.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="(default: %(default)s)")
@@ -163,10 +226,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 def _prompt(args: argparse.Namespace) -> str | list[int]:
     if args.token_ids is not None:
-        try:
-            return [int(part) for part in args.token_ids.replace(",", " ").split()]
-        except ValueError:
-            raise ValueError(f"--token-ids {args.token_ids!r}: expected whole numbers separated by commas") from None
+        return _numbers("--token-ids", args.token_ids)
     if args.prompt_file is not None:
         try:
             text = Path(args.prompt_file).read_text(encoding="utf-8")
@@ -177,6 +237,13 @@ def _prompt(args: argparse.Namespace) -> str | list[int]:
     if not text:
         raise ValueError("the prompt is empty; expected some text")
     return str(text)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{flag} {text!r}: expected whole numbers separated by commas") from None
 
 
 def _streamer(llm: LLM) -> Callable[[Sequence], None]:
@@ -207,7 +274,10 @@ def _report(llm: LLM, completion: Completion) -> dict[str, Any]:
         **decode_rates(weight_bytes, tpot.get("p50"), ceiling),
         "weight_bytes_per_token": weight_bytes,
         "world_size": group.world_size,
-        "shares": [float(s) for s in llm.run.shares],
+        "shares": [float(s) for s in llm.run.shares.ffn],
+        "attention_shares": [float(s) for s in llm.run.shares.attention],
+        "vocab_shares": [float(s) for s in llm.run.shares.vocab],
+        "devices": [str(device) for device in llm.loaded.devices],
         "dtype": llm.run.dtype,
         "kv_dtype": llm.run.kv_dtype,
         "isa": llm.loaded.kernels.isa,
@@ -257,7 +327,7 @@ def _plan(args: argparse.Namespace) -> tuple[list[RankReport], int]:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected 1 or more")
-    shares = parse_shares(args.shares, args.world_size)
+    shares = PhaseShares.of(parse_shares(args.shares, args.world_size))
     run = RunConfig(args.dtype, args.head_dtype, args.group_size, args.zero_points, shares, kv_dtype=args.kv_dtype)
     model = find_model(args.model)
     plan = Plan.of(_described(model, args.dtype), run)
@@ -298,6 +368,62 @@ def _plan_table(ranks: list[RankReport]) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in [titles, *rows])
+
+
+def run_tune(args: argparse.Namespace, group: Group) -> None:
+    """`distinf tune`."""
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch}: expected 1 or more")
+    rows = tuple(agreed(group, lambda: _numbers("--rows", args.rows)))
+    if not rows or min(rows) < 1:
+        raise InputError(f"--rows {args.rows!r}: expected numbers of 1 or more")
+    tuning = tune(loader(args, group, 0), rows, args.batch, args.gpu_memory_gb, start_shares(args, group))
+    if group.rank == 0:
+        print(json.dumps(tuning_report(tuning)) if args.json else _tuning_text(tuning), flush=True)
+
+
+def tuning_report(tuning: Tuning) -> dict[str, Any]:
+    """The JSON object of `distinf tune`: times in milliseconds."""
+
+    def one(candidate: Candidate) -> dict[str, Any]:
+        parts = {phase: [str(s) for s in shares] for phase, shares in vars(candidate.shares).items()}
+        return {**vars(candidate), "shares": parts}
+
+    return {
+        "batch": tuning.batch,
+        "devices": [str(device) for device in tuning.devices],
+        "chosen": one(tuning.chosen),
+        "candidates": [one(candidate) for candidate in tuning.candidates],
+        "rest_ms": tuning.rest_ms,
+        "reduce_ms": {rows: 1e3 * s for rows, s in tuning.profile.reduce_s.items()},
+        "profile": {
+            rows: {
+                phase: [{"fixed_ms": 1e3 * line.fixed_s, "whole_ms": 1e3 * line.whole_s} for line in of_ranks]
+                for phase, of_ranks in lines.items()
+            }
+            for rows, lines in tuning.profile.lines.items()
+        },
+    }
+
+
+def _tuning_text(tuning: Tuning) -> str:
+    """What was measured, considered and chosen."""
+    lines = [f"rank {rank}: {device}" for rank, device in enumerate(tuning.devices)]
+    lines += ["", "time of a share w of one layer (vocab: of the head), ms:"]
+    for rows, phases in tuning.profile.lines.items():
+        for phase, of_ranks in phases.items():
+            parts = "  ".join(f"{1e3 * line.fixed_s:8.3f} + {1e3 * line.whole_s:8.3f} w" for line in of_ranks)
+            lines.append(f"{rows:5} rows  {phase:<10} {parts}")
+        lines.append(f"{rows:5} rows  reduction  {1e3 * tuning.profile.reduce_s[rows]:8.3f}")
+    lines += ["", f"ms/token, batch {tuning.batch}; {tuning.rest_ms:.3f} ms of it outside GEMMs and reductions:"]
+    for candidate in tuning.candidates:
+        measured = "not tried" if candidate.measured_ms is None else f"measured {candidate.measured_ms:9.3f}"
+        mark = "  <- chosen" if candidate is tuning.chosen else ""
+        lines.append(f"  {candidate.name:<28} predicted {candidate.predicted_ms:9.3f}  {measured}{mark}")
+    shares = tuning.chosen.shares
+    for phase, of_ranks in vars(shares).items():
+        lines.append(f"  {phase:<10} " + " ".join(f"{float(s / sum(of_ranks)):.4f}" for s in of_ranks))
+    return "\n".join(lines)
 
 
 def run_info(args: argparse.Namespace, group: Group) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import dataclass, field
 from typing import Any
+
+from distinf.device import Device
+from distinf.shard import PhaseShares
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,14 @@ class RunConfig:
     head_dtype: str | None = None  # of the head's; None: see head
     group_size: int | None = None  # input features that share a scale; None: the dtype's own
     zero_points: bool = False
-    shares: tuple[Fraction, ...] = (Fraction(1),)
+    shares: PhaseShares = field(default_factory=lambda: PhaseShares.of([1]))
+    devices: tuple[Device, ...] = (Device(),)  # of each rank
     kernels: str = "auto"
     isa: str = "auto"
     threads: int = 0  # per rank; 0: the cores that the rank is bound to
     load_format: str = "auto"
     capture: bool = True  # record the decode step once and replay it
+    gpu_memory_gb: float | None = None  # most that the linears of a rank with a device may take; None: no limit
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
     membind: str = "auto"  # memory policy: of the cores' NUMA node, of the nearest HBM, or not set
     timeout_s: float = 60  # longest wait for other ranks once the model is loaded
@@ -161,6 +165,8 @@ class RunConfig:
             raise ValueError(f"--head-dtype {self.head} and --dtype {self.dtype}: expected both or neither fp32")
         if self.kv_dtype == "int8" and self.dtype == "fp32":
             raise ValueError("--kv-dtype int8 and --dtype fp32: expected --kv-dtype bf16 or another --dtype")
+        if self.gpu_memory_gb is not None and not self.gpu_memory_gb > 0:
+            raise ValueError(f"--gpu-memory-gb {self.gpu_memory_gb}: expected a number above 0")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")
         if not 0 < self.timeout_s < math.inf:

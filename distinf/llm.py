@@ -15,15 +15,18 @@ from distinf import __version__, comm
 from distinf import kernels as kernel_library
 from distinf.comm import LOADING_TIMEOUT_S, Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
+from distinf.device import Device, device_rank, parse_devices, parse_fractions, with_rates
 from distinf.engine import Engine, Sequence
 from distinf.kernels import Kernels, native
+from distinf.kernels.emulated import HEADROOM, emulated, measure_rates, world_rates
+from distinf.kernels.formats import Format
 from distinf.memory import available_bytes, check_memory
 from distinf.models import Model
 from distinf.models.params import Weights
 from distinf.placement import bind, describe, remote_memory
 from distinf.plan import Plan, parse
 from distinf.sampling import SamplingParams
-from distinf.shard import parse_shares
+from distinf.shard import PhaseShares, parse_shares
 from distinf.tokenizer import DEFAULT_MODEL, Tokenizer, find_model
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.load import Loader, load_weights
@@ -37,6 +40,8 @@ class LoadedModel:
     model: Model
     kernels: Kernels
     weights: Weights
+    plan: Plan
+    devices: tuple[Device, ...]  # of all ranks; of emulated ones, with the rates in use
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,9 @@ def load_model(
     _, config = agreed(group, lambda: parse(checkpoint.config))
     _check_same(group, config, run)
     bound = bind(group, run.threads, run.membind, lambda p: kernel_library.load(run.kernels, run.isa, run.dtype, p))
-    kernels = bound.kernels
     plan = agreed(group, lambda: Plan.of(checkpoint, run))
+    kernels, devices = on_device(bound.kernels, run.devices, plan.body_format, group)
+    agreed(group, lambda: _check_device_memory(run, group.rank, plan.linear_bytes(group.rank, kernels.act_dtype)))
     needs = group.all_gather_object(plan.need(group.rank, kv_tokens, kernels.act_dtype))
     mates = group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
@@ -83,7 +89,25 @@ def load_model(
     for text in remote_memory(group, bound):
         notify(f"warning: {text}")
     model = plan.family.build(config, plan.shards[group.rank], weights, kernels, group)
-    return LoadedModel(model, kernels, weights)
+    return LoadedModel(model, kernels, weights, plan, devices)
+
+
+def on_device(
+    kernels: Kernels, devices: tuple[Device, ...], form: Format, group: Group
+) -> tuple[Kernels, tuple[Device, ...]]:
+    """This rank's kernels at the pace of its device, and all devices with the rates in use. Collective.
+
+    Rates that the flags leave open are measured on weights of `form`.
+    """
+    worlds = [device for device in devices if device.kind == "emulated"]
+    if not worlds:
+        return kernels, devices
+    if not all(device.read_gb_s and device.tflops for device in worlds):
+        group.barrier()
+        found = group.all_gather_object(measure_rates(kernels, form))
+        read_gb_s, tflops = (HEADROOM * min(rates) for rates in zip(*found, strict=True))
+        devices = with_rates(devices, read_gb_s, tflops)
+    return emulated(kernels, world_rates(devices)[group.rank]), devices
 
 
 def _cache(directory: Path, checkpoint: Checkpoint, plan: Plan, rank: int, kernels: Kernels) -> PackCache:
@@ -107,6 +131,15 @@ def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
     return torch.int8 if run.kv_dtype == "int8" else kernels.act_dtype
 
 
+def _check_device_memory(run: RunConfig, rank: int, nbytes: int) -> None:
+    """Raises ValueError when the linears of a rank with a device are too large for --gpu-memory-gb."""
+    if run.gpu_memory_gb is not None and run.devices[rank].kind != "cpu" and nbytes > 1e9 * run.gpu_memory_gb:
+        raise ValueError(
+            f"--gpu-memory-gb {run.gpu_memory_gb:g}: rank {rank}'s share takes {nbytes / 1e9:.3f} GB; "
+            "expected a smaller --gpu-fraction, or auto"
+        )
+
+
 def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
     """Raises InputError naming the first difference when a rank was started with other settings or another model."""
     mine = {
@@ -120,6 +153,22 @@ def _check_same(group: Group, config: ModelConfig, run: RunConfig) -> None:
                 raise InputError(f"ranks disagree on {key}: {value} on rank 0, {other[key]} on rank {rank}")
 
 
+def _shares_and_devices(
+    shares: str | PhaseShares | None,
+    devices: list[str] | tuple[Device, ...],
+    gpu_fraction: str | None,
+    world_size: int,
+) -> tuple[PhaseShares, tuple[Device, ...]]:
+    """The flags --shares, --device and --gpu-fraction. Raises ValueError naming the one that is wrong."""
+    on = devices if isinstance(devices, tuple) and devices else parse_devices([str(d) for d in devices], world_size)
+    if isinstance(shares, PhaseShares):
+        return shares, on
+    of = PhaseShares.of(parse_shares(shares, world_size))
+    if gpu_fraction is not None:
+        of = of.with_device(device_rank(on), parse_fractions(gpu_fraction))
+    return of, on
+
+
 class LLM:
     """A loaded model with its tokenizer. Under `mpirun -n N` each rank constructs it and calls the same methods."""
 
@@ -131,7 +180,10 @@ class LLM:
         head_dtype: str | None = None,
         group_size: int | None = None,
         zero_points: bool = False,
-        shares: str | None = None,
+        shares: str | PhaseShares | None = None,
+        devices: list[str] | tuple[Device, ...] = (),
+        gpu_fraction: str | None = None,
+        gpu_memory_gb: float | None = None,
         kernels: str = "auto",
         isa: str = "auto",
         threads: int = 0,
@@ -152,10 +204,16 @@ class LLM:
 
         `dtype` is auto (as the checkpoint has it), fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None:
         the same, int8 for w8a8); `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8
-        halves the KV cache. `shares` is one number for each rank ("3,1"; None: equal). `load_format` "dummy" makes
-        random weights of the shape in `config` (a config.json; None: the model's own), of `num_layers` layers when
-        given. `capture` False runs decode steps eagerly instead of replaying a recorded one. With `kv_tokens`, the
-        tokens of all sequences of a call together, a KV cache that does not fit is refused before loading.
+        halves the KV cache. `shares` is one number for each rank ("3,1"; None: equal), or what the tuner found.
+        `devices` are ranks that are no plain cpu ("1=emulated:speed=4": rank 1); `gpu_fraction` is what the one such
+        rank takes ("0.3", or "0.2,0.5,0" of attention, FFN and vocabulary), the others sharing the rest, and
+        `gpu_memory_gb` the most its weights may be.
+
+        `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the model's own),
+        of `num_layers` layers when given. `capture` False runs decode steps eagerly instead of replaying a recorded
+        one. With `kv_tokens`, the tokens of all sequences of a call together, a KV cache that does not fit is refused
+        before loading.
+
         A rank that keeps others waiting longer than `timeout_s` (ten minutes while loading and between two calls)
         ends the job. `membind` takes memory near the cores ("auto"), from the nearest HBM node ("hbm") or as the
         launcher left it ("off"). `progress` shows a loading bar on stderr; `notify` is given lines about the
@@ -174,12 +232,13 @@ class LLM:
                 head_dtype,
                 group_size,
                 zero_points,
-                parse_shares(shares, world_size),
+                *_shares_and_devices(shares, devices, gpu_fraction, world_size),
                 kernels,
                 isa,
                 threads,
                 load_format,
                 capture,
+                gpu_memory_gb,
                 kv_dtype,
                 membind,
                 timeout_s,

@@ -15,7 +15,7 @@ from distinf.kv_cache import KVCache
 from distinf.memory import MemoryNeed
 from distinf.models import Family, family
 from distinf.models.params import Param
-from distinf.shard import TILE, Shard, ShardPlan
+from distinf.shard import TILE, PhaseShares, Shard, ShardPlan
 from distinf.weights import Checkpoint
 from distinf.weights.load import Cuts, check_groups, formats_of, weight_bytes
 
@@ -30,6 +30,7 @@ class Plan:
     params: Sequence[Param]
     formats: dict[str, Format]  # of each linear
     shards: tuple[Shard, ...]
+    ffn_multiple: int  # of which ranges of FFN columns are
 
     @staticmethod
     def of(checkpoint: Checkpoint, run: RunConfig) -> Plan:
@@ -40,11 +41,8 @@ class Plan:
         # A group of a down projection's input features has to be on one rank.
         downs = [p.name for p in params if p.columns in ("ffn", "expert_ffn", "shared_ffn")]
         ffn_multiple = max([TILE, *(formats[name].group for name in downs)])
-        experts = (config.moe.ffn, config.moe.shared_ffn) if config.moe else (0, 0)
-        shards = ShardPlan.build(
-            config.n_heads, config.n_kv_heads, config.ffn, config.vocab, run.shares, *experts, ffn_multiple
-        ).shards
-        plan = Plan(known, config, run, params, formats, shards)
+        shards = split_model(config, run.shares, ffn_multiple)
+        plan = Plan(known, config, run, params, formats, shards, ffn_multiple)
         for rank in range(len(shards)):
             check_groups(params, plan.cuts(rank), formats)
         return plan
@@ -62,6 +60,16 @@ class Plan:
         weights = weight_bytes(self.params, self.cuts(rank), self.formats, act_dtype)
         return MemoryNeed(weights, kv_tokens * per_token, kv_tokens)
 
+    @property
+    def body_format(self) -> Format:
+        """Of the first layer's first split linear: what most of the model is in."""
+        return next(self.formats[p.name] for p in self.params if p.columns is not None)
+
+    def linear_bytes(self, rank: int, act_dtype: torch.dtype) -> int:
+        """What a rank multiplies with."""
+        linears = [p for p in self.params if p.kind == "linear"]
+        return weight_bytes(linears, self.cuts(rank), self.formats, act_dtype)
+
     def table_bytes(self, act_dtype: torch.dtype) -> int:
         """The embedding table: mapped from the file and shared by the ranks of a machine where it is in act_dtype."""
         tables = [p for p in self.params if p.kind == "table"]
@@ -78,6 +86,13 @@ class Plan:
             columns = max(columns, config.moe.top_k * len(shard.expert_ffn) + len(shard.shared_ffn))
         widest = config.hidden + max(attention, 3 * columns)
         return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize)
+
+
+def split_model(config: ModelConfig, shares: PhaseShares, ffn_multiple: int = TILE) -> tuple[Shard, ...]:
+    """Every rank's shard of a model; see ShardPlan.build."""
+    experts = (config.moe.ffn, config.moe.shared_ffn) if config.moe else (0, 0)
+    sizes = config.n_heads, config.n_kv_heads, config.ffn, config.vocab
+    return ShardPlan.build(*sizes, shares, *experts, ffn_multiple).shards
 
 
 def parse(hf: Mapping[str, Any]) -> tuple[Family, ModelConfig]:

@@ -72,6 +72,47 @@ def split_heads(n_heads: int, n_kv_heads: int, shares: Sequence[Fraction | int])
 
 
 @dataclass(frozen=True)
+class PhaseShares:
+    """Each rank's share of the parts of a model that finish together: attention heads, FFN columns, vocabulary.
+
+    One FFN share serves prefill and decode: two would keep the columns between them packed a second time.
+    """
+
+    attention: tuple[Fraction, ...]
+    ffn: tuple[Fraction, ...]
+    vocab: tuple[Fraction, ...]
+
+    @staticmethod
+    def of(shares: PhaseShares | Sequence[Fraction | int]) -> PhaseShares:
+        """The same shares of everything, unless they are given for each part."""
+        if isinstance(shares, PhaseShares):
+            return shares
+        same = tuple(map(Fraction, shares))
+        return PhaseShares(same, same, same)
+
+    def with_device(self, rank: int, fractions: tuple[Fraction, Fraction, Fraction]) -> PhaseShares:
+        """`rank` takes a fraction of each part and the others what is left, by the shares they have.
+
+        Raises ValueError naming `--gpu-fraction` when a part is left to others that have no share.
+        """
+        attention, ffn, vocab = (
+            _with_device(shares, rank, f)
+            for shares, f in zip((self.attention, self.ffn, self.vocab), fractions, strict=True)
+        )
+        return PhaseShares(attention, ffn, vocab)
+
+
+def _with_device(shares: tuple[Fraction, ...], rank: int, fraction: Fraction) -> tuple[Fraction, ...]:
+    others = sum(shares) - shares[rank]
+    if others == 0 and fraction < 1:
+        raise ValueError(f"--gpu-fraction {float(fraction):g} leaves a part to other ranks, but none has a share")
+    return tuple(
+        fraction if r == rank else (1 - fraction) * share / others if others else Fraction(0)
+        for r, share in enumerate(shares)
+    )
+
+
+@dataclass(frozen=True)
 class Shard:
     """What one rank holds: ranges over the whole model's heads, FFN columns and vocabulary."""
 
@@ -95,25 +136,26 @@ class ShardPlan:
         n_kv_heads: int,
         ffn: int,
         vocab: int,
-        shares: Sequence[Fraction | int],
+        shares: PhaseShares | Sequence[Fraction | int],
         expert_ffn: int = 0,
         shared_ffn: int = 0,
         ffn_multiple: int = TILE,
     ) -> ShardPlan:
-        """Plan for `len(shares)` ranks. Each expert is split like the other weights: all ranks work on every one.
+        """Plan for as many ranks as there are shares. Each expert is split like a plain FFN: all ranks work on all.
 
         Ranges of FFN columns end on multiples of `ffn_multiple`, itself a multiple of TILE.
 
         Raises ValueError when a rank with a share above zero would get neither heads nor FFN columns.
         """
-        heads = split_heads(n_heads, n_kv_heads, shares)
-        ffns = (split(n, shares, ffn_multiple) for n in (ffn, expert_ffn, shared_ffn))
-        vocabs = split(vocab, shares, TILE)
+        of = PhaseShares.of(shares)
+        heads = split_heads(n_heads, n_kv_heads, of.attention)
+        ffns = (split(n, of.ffn, ffn_multiple) for n in (ffn, expert_ffn, shared_ffn))
+        vocabs = split(vocab, of.vocab, TILE)
         shards = tuple(Shard(h.q, h.kv, f, v, *e) for h, v, f, *e in zip(heads, vocabs, *ffns, strict=True))
-        for rank, (shard, share) in enumerate(zip(shards, shares, strict=True)):
-            if share and not shard.q_heads and not shard.ffn:
+        for rank, shard in enumerate(shards):
+            if (of.attention[rank] or of.ffn[rank]) and not shard.q_heads and not shard.ffn:
                 raise ValueError(
-                    f"{len(shares)} ranks are more than the model can use: rank {rank} would hold nothing of "
+                    f"{len(shards)} ranks are more than the model can use: rank {rank} would hold nothing of "
                     f"{n_heads} heads and {ffn} FFN columns (in units of {ffn_multiple})"
                 )
         return ShardPlan(shards)

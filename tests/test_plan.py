@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
 from distinf.llm import load_model
 from distinf.plan import Plan, report
+from distinf.shard import PhaseShares
 from distinf.weights import open_checkpoint
 from tests.conftest import REPO, distinf, run
 
@@ -43,7 +43,7 @@ def test_yes_or_no_with_both_numbers(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_kv_cache_and_shares() -> None:
-    shares = tuple(map(Fraction, (3, 1)))
+    shares = PhaseShares.of([3, 1])
     ranks = report(plan_of(QWEN2_72B, RunConfig(shares=shares)), kv_tokens=1000, table_ranks=2)
     assert [len(r.shard.kv_heads) for r in ranks] == [6, 2]
     assert [r.kv_cache for r in ranks] == [1000 * 80 * n * 2 * 128 * 2 for n in (6, 2)]
@@ -51,7 +51,7 @@ def test_kv_cache_and_shares() -> None:
 
 def test_ffn_ranges_are_whole_groups() -> None:
     """Panels of 32 would cut a group of 128 in two."""
-    plan = plan_of(QWEN2_72B, RunConfig(dtype="int4", group_size=128, shares=(Fraction(1),) * 8))
+    plan = plan_of(QWEN2_72B, RunConfig(dtype="int4", group_size=128, shares=PhaseShares.of([1] * 8)))
     assert all(s.ffn.start % 128 == 0 for s in plan.shards) and plan.shards[-1].ffn.stop == 29568
 
 

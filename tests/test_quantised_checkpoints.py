@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from distinf.kernels import native
 from distinf.kernels.formats import FORMATS, Format, Numbers, quantised
 from distinf.llm import load_model
 from distinf.plan import Plan
+from distinf.shard import PhaseShares
 from distinf.weights import Checkpoint, open_checkpoint
 from tests import checkpoint_files as files
 
@@ -149,7 +149,7 @@ def test_settings_that_are_not_supported(
 def test_groups_are_not_cut_by_ranks(tmp_path: Path) -> None:
     """Four heads of 64 features on three ranks, with groups of 128 input features in the output projection."""
     files.write_directory(tmp_path, *files.gptq(True, group=128))
-    run = RunConfig(dtype="auto", shares=(Fraction(1),) * 4)
+    run = RunConfig(dtype="auto", shares=PhaseShares.of([1] * 4))
     with pytest.raises(
         ValueError, match=r"--group-size 128 does not divide the input features 0 .. 64 of 'model.*o_proj"
     ):

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from distinf.config import RunConfig
 from distinf.kernels.reference import ReferenceKernels
 from distinf.llm import load_model
 from distinf.plan import Plan
+from distinf.shard import PhaseShares
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.gguf import GGUFCheckpoint
 from distinf.weights.load import Loader, load_weights
@@ -70,7 +70,7 @@ def test_gguf_tensors_equal_those_of_transformers(smollm2: Path) -> None:
 def test_ranks_together_read_each_matrix_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedding table is mapped; vectors are read by every rank."""
     checkpoint = open_dir(tiny_llama)
-    run = RunConfig(dtype="bf16", shares=(Fraction(1),) * 3)
+    run = RunConfig(dtype="bf16", shares=PhaseShares.of([1] * 3))
     plan = Plan.of(checkpoint, run)
     sizes = {n: math.prod(s) * 4 for p in plan.params for n, s in p.shapes().items()}  # fp32 in the file
     vectors = sum(size for name, size in sizes.items() if len(checkpoint.shape(name)) == 1)
