@@ -19,16 +19,18 @@ from distinf.tokenizer import DEFAULT_MODEL, find_model
 
 REPO = Path(__file__).resolve().parent.parent
 CPUS = os.sched_getaffinity(0)
+UNDER_LAUNCHER = "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ
 FAKE_TORCH_CCL = str(REPO / "tests/support/fake_torch_ccl")
 
 # SPMD tests: only under a launcher, which tests/test_mpi.py is.
-collect_ignore = [] if "PMI_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ else ["mpi"]
+collect_ignore = [] if UNDER_LAUNCHER else ["mpi"]
 
 
 @pytest.fixture(autouse=True)
 def all_cpus() -> None:
     """Kernels pin the thread that makes them; commands that later tests start would inherit that one core."""
-    os.sched_setaffinity(0, CPUS)
+    if not UNDER_LAUNCHER:  # ranks stay where they are bound
+        os.sched_setaffinity(0, CPUS)
 
 
 @dataclass(frozen=True)
