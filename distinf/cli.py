@@ -15,19 +15,22 @@ from typing import Any, NoReturn
 
 from distinf import comm
 from distinf.comm import Group, InputError, agreed
-from distinf.config import COMM_DTYPES, COMMS, DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, MEMBINDS, RunConfig
+from distinf.config import DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, MEMBINDS, RunConfig
 from distinf.device import Device, device_rank, parse_devices
 from distinf.engine import Sequence
-from distinf.hetero.tune import CACHE_DIR, ROWS, Candidate, Load, Tuning, tune, tune_cached, within_memory
+from distinf.hetero.report import tuning_report, tuning_text
+from distinf.hetero.tune import CACHE_DIR, ROWS, Load, tune, tune_cached, within_memory
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
 from distinf.memory import available_bytes
-from distinf.plan import Plan, RankReport, report
+from distinf.plan import Plan, RankReport, report, table
 from distinf.sampling import SamplingParams
 from distinf.shard import PhaseShares, parse_shares
 from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
 from distinf.tokenizer import DEFAULT_MODEL, find_model
 from distinf.weights import Checkpoint, open_checkpoint
+
+_COMMS = "|".join(("auto", *comm.BACKENDS))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="most for the weights on a --device")
     parser.add_argument("--tune-cache", default=CACHE_DIR, metavar="DIR", help="what auto found (default: %(default)s)")
-    parser.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="collectives (default: %(default)s)")
+    parser.add_argument("--comm", default="auto", metavar=_COMMS, help="collectives (default: %(default)s)")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -59,7 +62,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="end the job when a rank keeps others waiting longer, seconds; 600 while loading (default: %(default)s)",
     )
     parser.add_argument(
-        "--comm-dtype", default="fp32", metavar="|".join(COMM_DTYPES), help="partial sums between ranks (default: fp32)"
+        "--comm-dtype",
+        default="fp32",
+        metavar="|".join(comm.WIRE_DTYPES),
+        help="partial sums between ranks (default: fp32)",
     )
     parser.add_argument("--kernels", default="auto", metavar="|".join(KERNELS), help="(default: %(default)s)")
     parser.add_argument("--isa", default="auto", metavar="|".join(ISAS), help="instruction set (default: best)")
@@ -91,7 +97,9 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights that share a scale; 0: a channel (default: 32 in int4, else 0)",
     )
     parser.add_argument("--zero-points", action="store_true", help="a zero point for each scale of int8 and int4")
-    parser.add_argument("--shares", metavar="S,S,...", help="part of the model for each rank, or auto (default: equal)")
+    parser.add_argument(
+        "--shares", metavar="S,S,...", help="part of the model for each rank; auto: see distinf tune (default: equal)"
+    )
     parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
 
 
@@ -196,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     tuning.set_defaults(run=run_tune)
 
     info = commands.add_parser("info", help="versions, instruction sets, placement of each rank")
-    info.add_argument("--comm", default="auto", metavar="|".join(COMMS), help="(default: %(default)s)")
+    info.add_argument("--comm", default="auto", metavar=_COMMS, help="(default: %(default)s)")
     info.add_argument("--threads", type=int, default=0, metavar="N", help="per rank (default: its cores)")
     info.add_argument("--membind", default="auto", metavar="|".join(MEMBINDS), help="memory (default: %(default)s)")
     info.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -311,10 +319,10 @@ def run_plan(args: argparse.Namespace, group: Group) -> None:
     largest = max(range(len(ranks)), key=lambda i: ranks[i].total)
     fits = ranks[largest].total <= memory
     if args.json:
-        rows = [{**_sizes(r), **{k: [v.start, v.stop] for k, v in asdict(r.shard).items()}} for r in ranks]
+        rows = [{**r.sizes(), **{k: [v.start, v.stop] for k, v in asdict(r.shard).items()}} for r in ranks]
         print(json.dumps({"dtype": args.dtype, "memory": memory, "fits": fits, "ranks": rows}), flush=True)
     else:
-        print(_plan_table(ranks))
+        print(table(ranks))
         verdict = f"rank {largest} needs {ranks[largest].total / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
         print(f"{'yes' if fits else 'no'}: {verdict}", flush=True)
     if not fits:
@@ -348,28 +356,6 @@ def _described(model: Path, dtype: str) -> Checkpoint:
     return open_checkpoint(model, "auto", None, None)
 
 
-def _sizes(rank: RankReport) -> dict[str, int]:
-    return {"weights": rank.weights, "kv_cache": rank.kv_cache, "workspace": rank.workspace, "total": rank.total}
-
-
-def _plan_table(ranks: list[RankReport]) -> str:
-    """GB (1e9 bytes), and first .. last of each range with its length."""
-
-    def span(r: range) -> str:
-        return f"{r.start} .. {r.stop - 1} ({len(r)})" if r else "none"
-
-    names = {"q_heads": "query heads", "kv_heads": "KV heads", "ffn": "FFN columns", "vocab": "vocabulary"}
-    names |= {"expert_ffn": "of an expert", "shared_ffn": "of the shared one"}
-    parts = [part for part in names if any(getattr(r.shard, part) for r in ranks)]
-    titles = ["rank", "weights", "KV cache", "workspace", "total GB", *(names[part] for part in parts)]
-    rows = [
-        [str(i), *(f"{n / 1e9:.1f}" for n in _sizes(r).values()), *(span(getattr(r.shard, part)) for part in parts)]
-        for i, r in enumerate(ranks)
-    ]
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in [titles, *rows])
-
-
 def run_tune(args: argparse.Namespace, group: Group) -> None:
     """`distinf tune`."""
     if args.batch < 1:
@@ -379,51 +365,7 @@ def run_tune(args: argparse.Namespace, group: Group) -> None:
         raise InputError(f"--rows {args.rows!r}: expected numbers of 1 or more")
     tuning = tune(loader(args, group, 0), rows, args.batch, args.gpu_memory_gb, start_shares(args, group))
     if group.rank == 0:
-        print(json.dumps(tuning_report(tuning)) if args.json else _tuning_text(tuning), flush=True)
-
-
-def tuning_report(tuning: Tuning) -> dict[str, Any]:
-    """The JSON object of `distinf tune`: times in milliseconds."""
-
-    def one(candidate: Candidate) -> dict[str, Any]:
-        parts = {phase: [str(s) for s in shares] for phase, shares in vars(candidate.shares).items()}
-        return {**vars(candidate), "shares": parts}
-
-    return {
-        "batch": tuning.batch,
-        "devices": [str(device) for device in tuning.devices],
-        "chosen": one(tuning.chosen),
-        "candidates": [one(candidate) for candidate in tuning.candidates],
-        "rest_ms": tuning.rest_ms,
-        "reduce_ms": {rows: 1e3 * s for rows, s in tuning.profile.reduce_s.items()},
-        "profile": {
-            rows: {
-                phase: [{"fixed_ms": 1e3 * line.fixed_s, "whole_ms": 1e3 * line.whole_s} for line in of_ranks]
-                for phase, of_ranks in lines.items()
-            }
-            for rows, lines in tuning.profile.lines.items()
-        },
-    }
-
-
-def _tuning_text(tuning: Tuning) -> str:
-    """What was measured, considered and chosen."""
-    lines = [f"rank {rank}: {device}" for rank, device in enumerate(tuning.devices)]
-    lines += ["", "time of a share w of one layer (vocab: of the head), ms:"]
-    for rows, phases in tuning.profile.lines.items():
-        for phase, of_ranks in phases.items():
-            parts = "  ".join(f"{1e3 * line.fixed_s:8.3f} + {1e3 * line.whole_s:8.3f} w" for line in of_ranks)
-            lines.append(f"{rows:5} rows  {phase:<10} {parts}")
-        lines.append(f"{rows:5} rows  reduction  {1e3 * tuning.profile.reduce_s[rows]:8.3f}")
-    lines += ["", f"ms/token, batch {tuning.batch}; {tuning.rest_ms:.3f} ms of it outside GEMMs and reductions:"]
-    for candidate in tuning.candidates:
-        measured = "not tried" if candidate.measured_ms is None else f"measured {candidate.measured_ms:9.3f}"
-        mark = "  <- chosen" if candidate is tuning.chosen else ""
-        lines.append(f"  {candidate.name:<28} predicted {candidate.predicted_ms:9.3f}  {measured}{mark}")
-    shares = tuning.chosen.shares
-    for phase, of_ranks in vars(shares).items():
-        lines.append(f"  {phase:<10} " + " ".join(f"{float(s / sum(of_ranks)):.4f}" for s in of_ranks))
-    return "\n".join(lines)
+        print(json.dumps(tuning_report(tuning)) if args.json else tuning_text(tuning), flush=True)
 
 
 def run_info(args: argparse.Namespace, group: Group) -> None:
@@ -431,8 +373,9 @@ def run_info(args: argparse.Namespace, group: Group) -> None:
     run = agreed(group, lambda: RunConfig(threads=args.threads, membind=args.membind))
     facts, warnings = describe(group, run)
     ranks = group.all_gather_object(facts)
+    notify = _notifier(group)
     for text in warnings:
-        _notifier(group)(f"warning: {text}")
+        notify(f"warning: {text}")
     if group.rank != 0:
         return
     if args.json:

@@ -124,8 +124,6 @@ KV_DTYPES = ("bf16", "int8")
 KERNELS = ("auto", "native", "reference", "ipex")
 ISAS = ("auto", "amx", "avx512", "avx2")
 MEMBINDS = ("auto", "hbm", "off")
-COMMS = ("auto", "single", "mpi", "shm", "shm+ccl", "ccl", "torch-ccl")
-COMM_DTYPES = ("fp32", "bf16")
 LOAD_FORMATS = ("auto", "dummy")
 
 

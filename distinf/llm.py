@@ -225,25 +225,15 @@ class LLM:
         self.group = group or comm.init()
         world_size = self.group.world_size
         self.group.begin("loading", LOADING_TIMEOUT_S)
+        of, on = agreed(self.group, lambda: _shares_and_devices(shares, devices, gpu_fraction, world_size))
         self.run = agreed(
             self.group,
             lambda: RunConfig(
-                dtype,
-                head_dtype,
-                group_size,
-                zero_points,
-                *_shares_and_devices(shares, devices, gpu_fraction, world_size),
-                kernels,
-                isa,
-                threads,
-                load_format,
-                capture,
-                gpu_memory_gb,
-                kv_dtype,
-                membind,
-                timeout_s,
+                dtype=dtype, head_dtype=head_dtype, group_size=group_size, zero_points=zero_points, shares=of,
+                devices=on, kernels=kernels, isa=isa, threads=threads, load_format=load_format, capture=capture,
+                gpu_memory_gb=gpu_memory_gb, kv_dtype=kv_dtype, membind=membind, timeout_s=timeout_s,
             ),
-        )
+        )  # fmt: skip
         self.group.timeout_s = timeout_s
         self._path = agreed(self.group, lambda: None if load_format == "dummy" and config else find_model(model))
         checkpoint = agreed(

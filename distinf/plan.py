@@ -115,6 +115,10 @@ class RankReport:
         """All of it."""
         return self.weights + self.kv_cache + self.workspace
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each part and of all."""
+        return {"weights": self.weights, "kv_cache": self.kv_cache, "workspace": self.workspace, "total": self.total}
+
 
 def report(plan: Plan, kv_tokens: int, table_ranks: int) -> list[RankReport]:
     """Every rank's needs with a KV cache of `kv_tokens`; `table_ranks` share one embedding table."""
@@ -126,3 +130,21 @@ def report(plan: Plan, kv_tokens: int, table_ranks: int) -> list[RankReport]:
         weights = need.weights - table + table // table_ranks
         reports.append(RankReport(weights, need.kv_cache, plan.workspace_bytes(rank, kv_tokens, act_dtype), shard))
     return reports
+
+
+def table(ranks: list[RankReport]) -> str:
+    """For a person: GB (1e9 bytes), and first .. last of each range with its length."""
+
+    def span(r: range) -> str:
+        return f"{r.start} .. {r.stop - 1} ({len(r)})" if r else "none"
+
+    names = {"q_heads": "query heads", "kv_heads": "KV heads", "ffn": "FFN columns", "vocab": "vocabulary"}
+    names |= {"expert_ffn": "of an expert", "shared_ffn": "of the shared one"}
+    parts = [part for part in names if any(getattr(r.shard, part) for r in ranks)]
+    titles = ["rank", "weights", "KV cache", "workspace", "total GB", *(names[part] for part in parts)]
+    rows = [
+        [str(i), *(f"{n / 1e9:.1f}" for n in r.sizes().values()), *(span(getattr(r.shard, part)) for part in parts)]
+        for i, r in enumerate(ranks)
+    ]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in [titles, *rows])

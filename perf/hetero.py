@@ -18,9 +18,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from distinf.cli import add_model_arguments, loader, run_ranks, start_shares, tuning_report
+from distinf.cli import add_model_arguments, loader, run_ranks, start_shares
 from distinf.comm import Group, InputError, agreed
 from distinf.device import device_rank
+from distinf.hetero.report import tuning_report
 from distinf.hetero.solve import token_s, water_fill
 from distinf.hetero.tune import Tuning, decode_ms, tune
 from distinf.shard import PhaseShares, parse_shares
