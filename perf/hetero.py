@@ -5,9 +5,9 @@
     launch/mpirun.sh -n 2 -- python perf/hetero.py --device 0=emulated:speed=2 --device 1=emulated:speed=1 ...
 
 Prints a table, then with --json one JSON line. `predicted_ms` is the tuner's model: GEMMs and reductions as it measured
-them, and a constant that makes it right for equal shares. An emulated world's rates are measured once, for all points.
-With several devices there is no fraction to sweep: equal shares and the tuner's are compared with the bound that
-water-filling gives.
+them, and a constant taken from the candidates that it tried. An emulated world's rates are measured once, for all
+points. With several devices there is no fraction to sweep: equal shares and the tuner's are compared with the bound
+that water-filling gives.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from distinf.config import ModelConfig, MoeConfig, RopeConfig
 from distinf.device import Device
 from distinf.hetero.profile import measure, one_shard, phase_bytes
 from distinf.hetero.solve import Line, Lines, Room, best_shares, fill_units, fit, token_s, water_fill, width
-from distinf.hetero.tune import Candidate, candidates, choose, read, write
+from distinf.hetero.tune import Candidate, candidates, choose, judge, read, write
 from distinf.kernels.emulated import Rates, emulated
 from distinf.shard import TILE, PhaseShares
 from tests.families import RECIPES
@@ -155,7 +155,7 @@ def test_all_and_nothing_are_candidates_where_they_fit() -> None:
     assert "device only" not in dict(candidates(config(), lines_of(4), small, devices))
     assert [name for name, _ in candidates(config(), lines_of(2), UNLIMITED, (Device(), Device()))] == ["balanced"]
     useless = candidates(config(), lines_of(8, latency_us=1e6), UNLIMITED, devices)
-    assert [name for name, _ in useless] == ["balanced", "device only"]  # no shares twice
+    assert [name for name, _ in useless] == ["no device", "device only"]  # no shares twice
 
 
 def test_the_prediction_holds_unless_another_is_clearly_faster() -> None:
@@ -167,6 +167,15 @@ def test_the_prediction_holds_unless_another_is_clearly_faster() -> None:
     assert choose([far, near, best]) is best
     assert choose([far, replace(near, measured_ms=10), best]).name == "near"
     assert choose([far]) is far
+
+
+def test_one_disturbed_trial_does_not_shift_the_predictions() -> None:
+    options = [(name, PhaseShares.of([1, i])) for i, name in enumerate(("given", "best", "near", "untried"))]
+    found, rest_ms = judge(options, [10.0, 8.0, 9.0, 20.0], [14.5, 9.0, 10.0])
+    assert rest_ms == 1
+    assert [c.predicted_ms for c in found] == [11, 9, 10, 21]
+    assert [c.measured_ms for c in found] == [14.5, 9, 10, None]
+    assert [(c.name, c.shares) for c in found] == options
 
 
 def test_the_cache_is_for_one_key_and_survives_damage(tmp_path: Path) -> None:

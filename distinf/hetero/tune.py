@@ -8,8 +8,10 @@ import os
 import socket
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ class Tuning:
     chosen: Candidate
     candidates: list[Candidate]
     profile: Profile
-    rest_ms: float  # of a token outside GEMMs and reductions: one measured token less its prediction
+    rest_ms: float  # of a token outside GEMMs and reductions, see judge
     devices: tuple[Device, ...]  # with the rates in use
 
 
@@ -87,18 +89,27 @@ def tune(
     def gemms_ms(shares: PhaseShares) -> float:
         return 1e3 * token_s(plan.config, lines, shares, reduce_s, plan.ffn_multiple)
 
-    rest_ms = measured_ms - gemms_ms(first)
-
-    def predicted(name: str, shares: PhaseShares) -> Candidate:
-        return Candidate(name, shares, gemms_ms(shares) + rest_ms)
-
     room, multiple = _room(plan, devices, memory_gb), plan.ffn_multiple
-    options = agreed(group, lambda: [predicted(*o) for o in candidates(plan.config, lines, room, devices, multiple)])
-    options.sort(key=lambda c: c.predicted_ms)
-    tried = [replace(predicted("as given", first), measured_ms=measured_ms)]
-    for option in options[:_TRIED]:
-        tried.append(replace(option, measured_ms=decode_ms(load(option.shares, devices), batch)))
-    return Tuning(batch, choose(tried), tried + options[_TRIED:], found, rest_ms, devices)
+    options = agreed(group, lambda: candidates(plan.config, lines, room, devices, multiple))
+    options = [("as given", first), *sorted(options, key=lambda option: gemms_ms(option[1]))]
+    measured = [measured_ms, *(decode_ms(load(shares, devices), batch) for _, shares in options[1 : 1 + _TRIED])]
+    judged, rest_ms = judge(options, [gemms_ms(shares) for _, shares in options], measured)
+    return Tuning(batch, choose(judged[: len(measured)]), judged, found, rest_ms, devices)
+
+
+def judge(
+    options: list[tuple[str, PhaseShares]], gemms_ms: list[float], measured_ms: list[float]
+) -> tuple[list[Candidate], float]:
+    """A prediction for every option, the first of which were measured; and the ms of a token beside `gemms_ms`.
+
+    Those are alike for all: the median of what was measured counts, so that one disturbed trial shifts nothing.
+    """
+    rest_ms = statistics.median(measured - gemms for measured, gemms in zip(measured_ms, gemms_ms, strict=False))
+    found = [
+        Candidate(name, shares, gemms + rest_ms, measured)
+        for ((name, shares), gemms), measured in zip_longest(zip(options, gemms_ms, strict=True), measured_ms)
+    ]
+    return found, rest_ms
 
 
 def within_memory(devices: tuple[Device, ...]) -> PhaseShares | None:
@@ -122,22 +133,23 @@ def _measured_ms(candidate: Candidate) -> float:
 def candidates(
     config: ModelConfig, lines: Lines, room: Room, devices: tuple[Device, ...], ffn_multiple: int = TILE
 ) -> list[tuple[str, PhaseShares]]:
-    """The solution, its neighbours, and all or nothing on the ranks that are no plain cpu.
+    """All or nothing on the ranks that are no plain cpu, the solution, and its neighbours; the same shares only once.
 
     The solution is whole units already; a neighbour has what a tenth more, or less, time on those ranks would give.
     Raises ValueError without room for the model.
     """
     special = [device.kind != "cpu" for device in devices]
-    options = [("balanced", best_shares(config, lines, room, ffn_multiple))]
-    if any(special) and not all(special):
-        for name, factor in (("a little less on the device", 1.1), ("a little more on the device", 1 / 1.1)):
-            options.append((name, best_shares(config, _scaled(lines, special, factor), room, ffn_multiple)))
-        for name, used in (("no device", False), ("device only", True)):
-            allowed = [b if s == used else 0.0 for b, s in zip(room.rank_bytes, special, strict=True)]
-            try:
-                options.append((name, best_shares(config, lines, replace(room, rank_bytes=allowed), ffn_multiple)))
-            except ValueError:  # it does not fit there
-                continue
+    mixed = any(special) and not all(special)
+    options = []
+    for name, used in (("no device", False), ("device only", True)) if mixed else ():
+        allowed = [b if s == used else 0.0 for b, s in zip(room.rank_bytes, special, strict=True)]
+        with suppress(ValueError):  # it does not fit there
+            options.append((name, best_shares(config, lines, replace(room, rank_bytes=allowed), ffn_multiple)))
+    options.append(("balanced", best_shares(config, lines, room, ffn_multiple)))
+    for name, factor in (
+        (("a little less on the device", 1.1), ("a little more on the device", 1 / 1.1)) if mixed else ()
+    ):
+        options.append((name, best_shares(config, _scaled(lines, special, factor), room, ffn_multiple)))
     different: list[tuple[str, PhaseShares]] = []
     for option in options:
         if option[1] not in [shares for _, shares in different]:
