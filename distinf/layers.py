@@ -30,9 +30,9 @@ class ColumnParallelLinear:
     linear: LinearWeight
     kernels: Kernels
 
-    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """x [T, k] -> [T, n_local], act_dtype unless `out_dtype` says fp32."""
-        return self.kernels.linear(x, self.linear.weight, self.linear.bias, out_dtype)
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None, act: str | None = None) -> torch.Tensor:
+        """x [T, k] -> [T, n_local], act_dtype unless `out_dtype` says fp32. `act`: see Kernels.linear."""
+        return self.kernels.linear(x, self.linear.weight, self.linear.bias, out_dtype, act)
 
 
 @dataclass(frozen=True)
@@ -202,22 +202,17 @@ class LatentAttention:
 class MLP:
     """Feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
 
-    up: ColumnParallelLinear  # with a gate its rows stand before those of `up`
+    up: ColumnParallelLinear  # a gated weight holds the gate, too
     down: RowParallelLinear
     act: str
-    gated: bool
-    kernels: Kernels
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> Any:
         """x [T, hidden] act_dtype -> what `down` gives. `plus`: see RowParallelLinear."""
-        return self.down(self._activated(x), plus)
+        return self.down(self.up(x, act=self.act), plus)
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """fp32 [T, hidden]: this rank's part of it alone; see RowParallelLinear."""
-        return self.down.partial(self._activated(x))
-
-    def _activated(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.kernels.act_mul if self.gated else self.kernels.act)(self.up(x), self.act)
+        return self.down.partial(self.up(x, act=self.act))
 
 
 @dataclass(frozen=True)
@@ -240,7 +235,7 @@ class Experts:
         kernels = self.kernels
         routes = kernels.route(self.gate(x, torch.float32), self.choice_bias, self.router)
         rows = kernels.expert_rows(x, routes)
-        hidden = kernels.act_mul(kernels.expert_linear(rows, [w.weight for w in self.gate_up], routes), self.act)
+        hidden = kernels.expert_linear(rows, [w.weight for w in self.gate_up], routes, act=self.act)
         y = kernels.expert_linear(hidden, [w.weight for w in self.down], routes, torch.float32)
         shared = self.shared.partial(x) if self.shared else None
         weight = self.shared_gate(x, torch.float32) if self.shared_gate else None

@@ -8,7 +8,8 @@ pinned to the same cores: neither can disturb the other's thread pool, and only 
 take turns, A B A B, and each turn goes through all the linears of a model (--num-layers of them, and the head) in
 order, timing each: when a weight's turn comes again, more than four times the last-level cache has gone by.
 At --rows of 128 and more, where weights are reused and a turn is long, two layers and the head are enough.
-Outputs are bf16, without bias. Freed memory stays in the process, so no output is written to fresh pages.
+Outputs are bf16, without bias; with gate_up, ours makes silu(gate) * up of its sums, and torch does not. Freed memory
+stays in the process, so no output is written to fresh pages.
 
 --isa caps both: ours is forced to it, and oneDNN gets ONEDNN_MAX_CPU_ISA. What ran is reported: the instruction
 set of ours, oneDNN's implementation (or that torch did not use oneDNN), and the cores that were busy.

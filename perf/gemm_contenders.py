@@ -172,8 +172,8 @@ class Ours(Linears):
         self._kernels = kernels = self._llm.loaded.kernels
 
         def gemm(name: str, weight: Any) -> Gemm:
-            layer = name.rpartition(".")[2]
-            return Gemm(layer, weight.n, weight.k, weight.nbytes, lambda x: kernels.linear(x, weight))
+            layer, act = name.rpartition(".")[2], "silu" if weight.gated else None
+            return Gemm(layer, weight.n, weight.k, weight.nbytes, lambda x: kernels.linear(x, weight, act=act))
 
         weights = {name: linear.weight for name, linear in self._llm.loaded.weights.linears.items()}
         weights["head"] = weights.pop("head")  # to the end

@@ -97,7 +97,7 @@ OWN_GRIDS = [
 
 def check_numbers(kernels: Any, form: Format) -> None:
     """Ready numbers are multiplied as they are. One-hot rows have exact digits and find the matrix again, up to a few
-    fp32 roundings of the group's result, and of an offset taken out of it.
+    fp32 roundings of the group's result, and of an offset taken out of it; with itself as its gate, its square.
     """
     torch.manual_seed(0)
     n, k = 77, 256
@@ -105,13 +105,17 @@ def check_numbers(kernels: Any, form: Format) -> None:
     number = torch.randint(1 << form.bits, (n, k), dtype=torch.uint8)
     scale, offset = torch.rand(n, groups).to(form.scales).float(), torch.randn(n, groups).to(form.scales).float()
     numbers = Numbers(number, scale, offset if form.zero_points else None)
-    packer = kernels.packer(n, k, form)
+    plain, gated = kernels.packer(n, k, form), kernels.packer(2 * n, k, form, gated=True)
     for first in (64, 0, 32):  # in any order
         part = slice(first, first + 32)
-        packer.add(first, Numbers(number[part], scale[part], offset[part] if form.zero_points else None))
-    found = kernels.linear(torch.eye(k).bfloat16(), packer.weight(), None, torch.float32).T
-    tolerance = 8 * FP32_UNIT * (scale.max() * (1 << form.bits) + offset.abs().max())
-    assert ((found - numbers.dequantised(form)).abs() <= tolerance).all(), form
+        rows = Numbers(number[part], scale[part], offset[part] if form.zero_points else None)
+        plain.add(first, rows)
+        gated.add(first, rows, rows)
+    expected, largest = numbers.dequantised(form), scale.max() * (1 << form.bits) + offset.abs().max()
+    found = kernels.linear(torch.eye(k).bfloat16(), plain.weight(), None, torch.float32).T
+    assert ((found - expected).abs() <= 8 * FP32_UNIT * largest).all(), form
+    found = kernels.linear(torch.eye(k).bfloat16(), gated.weight(), None, torch.float32, "relu").T
+    assert ((found - expected.clamp(min=0).square()).abs() <= 17 * FP32_UNIT * largest**2).all(), form
 
 
 def check_rms_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
@@ -158,17 +162,41 @@ def check_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
     torch.testing.assert_close(wide.float(), expected, rtol=BF16_ULP, atol=0)
 
 
-def check_act(kernels: Any, kind: str, rows: int, n: int) -> None:
-    """Beside the rounding to bf16: an activation is x times a number up to 1 that errs by a few fp32 units of 1."""
-    torch.manual_seed(n)
-    x = (torch.randn(rows, 2 * n) * 4).bfloat16()
-    x[0, :2] = torch.tensor([200.0, -200.0])  # both ends of exp
-    gate, up = x.double().chunk(2, dim=-1)
-    exact, error = EXACT_ACTS[kind](gate), 4 * FP32_UNIT * gate.abs()
-    y = kernels.act(x[:, :n].contiguous(), kind).double()
-    assert ((y - exact).abs() <= BF16_ULP * exact.abs() + error).all()
-    y = kernels.act_mul(x, kind).double()
-    assert ((y - exact * up).abs() <= BF16_ULP * (exact * up).abs() + error * up.abs()).all()
+# One of each kernel and of each way to keep scales.
+ACTIVATED_FORMS = [
+    *(FORMATS[name] for name in ("bf16", "int8", "w8a8")),
+    replace(FORMATS["int8"], group=32, zero_points=True),
+    replace(FORMATS["int4"], zero_points=True),
+    replace(FORMATS["int4"], group=128),
+]
+ACTIVATED_SHAPES = [(1, 33, 128), (2, 16, 256), (5, 50, 128), (19, 64, 256), (37, 95, 128)]  # m, columns, k
+
+
+def check_activated_linear(kernels: Any, form: Format, act: str, gated: bool, m: int, n: int, k: int) -> None:
+    """act(gate) * up against the same sums from `linear`, in fp32: a factor that was rounded to bf16 would be seen.
+
+    An activation is x times a number up to 1 that errs by a few fp32 units of 1, and changes by at most 1.13 times what
+    x does. Sums of products may be added up in another order: (k + 8) units of the magnitudes.
+    """
+    torch.manual_seed(m * 1009 + n)
+    x, w, bias = torch.randn(m, k).bfloat16(), torch.randn(2 * n, k).bfloat16() / k**0.5, torch.randn(2 * n)
+    bias[:2] = torch.tensor([200.0, -200.0])  # both ends of exp
+    size = x.float().norm(dim=-1, keepdim=True) * w.float().norm(dim=-1).max() + bias.abs()
+    gate, up = (
+        kernels.linear(x, kernels.pack(rows, form), b, torch.float32).double()
+        for rows, b in zip(w.split(n), bias.split(n), strict=True)
+    )
+    sum_error, up_error = ((k + 8) * FP32_UNIT * 4 * size).split(n, dim=-1)
+    exact, error = EXACT_ACTS[act](gate), 4 * FP32_UNIT * gate.abs() + 1.13 * sum_error
+    if gated:
+        exact, error = exact * up, error * (up.abs() + up_error) + exact.abs() * up_error
+    rows = 2 * n if gated else n
+    weight = kernels.pack(w[:rows], form, gated)
+    assert (weight.n, weight.gated) == (rows, gated)
+    for out_dtype, ulp in ((torch.float32, FP32_UNIT), (torch.bfloat16, BF16_ULP)):
+        y = kernels.linear(x, weight, bias[:rows], out_dtype, act)
+        assert y.shape == (m, n) and y.dtype == out_dtype
+        assert ((y.double() - exact).abs() <= error + ulp * (exact.abs() + error)).all(), (form, act, gated, m, n, k)
 
 
 EXACT_ACTS = {
@@ -222,23 +250,28 @@ def check_route(kernels: Any, experts: int, router: Router, rows: int, biased: b
     assert torch.equal(routes.place, expected.place) and torch.equal(routes.starts, expected.starts)
 
 
-def check_experts(kernels: Any, form: Format, rows: int, n: int, k: int) -> None:
+def check_experts(kernels: Any, form: Format, rows: int, n: int, k: int, gated: bool) -> None:
     """A token's result is the weighted sum of single linears, whichever experts it and its neighbours chose.
 
     Each product's row is what `linear` gives for it alone, so only the sum of top_k numbers errs; AMX and the other
     kernels may add a row's products in another order when it stands among others: (k + 2) units of the magnitudes.
+    With a gate the error of one factor, 1.13 times as large behind the activation, is multiplied by the other factor.
     """
     torch.manual_seed(rows)
     router, x = Router(top_k=3, normalise=True), torch.randn(rows, k).bfloat16()
     routes = kernels.route(
         torch.randn(rows, 7) * 3 - torch.arange(7.0) * 2, None, router
     )  # the last ones hardly chosen
-    weights = [kernels.pack(torch.randn(n, k).bfloat16() / k**0.5, form) for _ in range(7)]
+    matrices = [torch.randn(n * (1 + gated), k).bfloat16() / k**0.5 for _ in range(7)]
+    weights, act = [kernels.pack(w, form, gated) for w in matrices], "silu" if gated else None
     plus, gate = torch.randn(rows, n), torch.randn(rows, 1)
-    y = kernels.expert_linear(kernels.expert_rows(x, routes), weights, routes, torch.float32)
-    singles = torch.stack([kernels.linear(x, w, None, torch.float32) for w in weights], 1)  # [rows, experts, n]
+    y = kernels.expert_linear(kernels.expert_rows(x, routes), weights, routes, torch.float32, act)
+    singles = torch.stack([kernels.linear(x, w, None, torch.float32, act) for w in weights], 1)  # [rows, experts, n]
     chosen = singles.gather(1, routes.ids.long()[..., None].expand(-1, -1, n)) * routes.weights[..., None]
-    tolerance = (k + 8) * FP32_UNIT * 4 * float(x.float().norm(dim=1).max())
+    size = float(x.float().norm(dim=1).max())
+    tolerance = (k + 8) * FP32_UNIT * 4 * size
+    if gated:
+        tolerance *= 2 * 1.13 * size * max(float(w.float().norm(dim=1).max()) for w in matrices)
     for shared, gated in ((None, None), (plus, None), (plus, gate)):
         expected = chosen.sum(1)
         if shared is not None:
@@ -435,7 +468,9 @@ def check_linears(kernels: Any) -> None:
     for form in OWN_GRIDS:
         check_numbers(kernels, form)
     for form in EXPERT_FORMS:
-        check_experts(kernels, form, rows=40, n=48, k=96)
+        for gated in (False, True):
+            check_experts(kernels, form, rows=40, n=48, k=96, gated=gated)
+            check_activated_linear(kernels, form, "silu", gated, 37, 95, 128)
         check_head_linear(kernels, form, rows=40, heads=3, n=64, k=96, tail=8)
 
 

@@ -85,10 +85,14 @@ def test_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
     cases.check_head_norm(kernels, rows, heads, head_dim)
 
 
-@pytest.mark.parametrize("rows, n", [(1, 1536), (3, 40), (2, 33)])
-@pytest.mark.parametrize("kind", ACTS)
-def test_act(kernels: Any, kind: str, rows: int, n: int) -> None:
-    cases.check_act(kernels, kind, rows, n)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", cases.ACTIVATED_FORMS, ids=lambda f: f.name)
+def test_activated_linear(kernels: Any, form: Format, act: str, gated: bool) -> None:
+    if kernels.name == "ipex" and (form.zero_points or form.name not in ipex.DTYPES):
+        pytest.skip("refused, see test_choices_that_do_not_go_together")
+    for m, n, k in cases.ACTIVATED_SHAPES:
+        cases.check_activated_linear(kernels, form, act, gated, m, n, k)
 
 
 @pytest.mark.parametrize("rows, heads, n, k, tail", [(1, 3, 64, 48, 16), (5, 2, 32, 64, 0), (40, 4, 96, 128, 6)])
@@ -106,10 +110,11 @@ def test_route(kernels: Any, experts: int, router: Router, rows: int, biased: bo
     cases.check_route(kernels, experts, router, rows, biased)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("rows, n, k", [(1, 48, 64), (3, 40, 96), (60, 33, 128)])
 @pytest.mark.parametrize("form", cases.EXPERT_FORMS, ids=lambda f: f.name)
-def test_experts(kernels: Any, form: Format, rows: int, n: int, k: int) -> None:
-    cases.check_experts(kernels, form, rows, n, k)
+def test_experts(kernels: Any, form: Format, rows: int, n: int, k: int, gated: bool) -> None:
+    cases.check_experts(kernels, form, rows, n, k, gated)
 
 
 def test_experts_without_columns_or_rows(kernels: Any) -> None:
@@ -117,9 +122,10 @@ def test_experts_without_columns_or_rows(kernels: Any) -> None:
     routes = kernels.route(torch.randn(3, 4), None, Router(top_k=2))
     rows = kernels.expert_rows(torch.randn(3, 32).bfloat16(), routes)
     into, out = (
-        [kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"]) for _ in range(4)] for shape in ((0, 32), (32, 0))
+        [kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"], gated) for _ in range(4)]
+        for shape, gated in (((0, 32), True), ((32, 0), False))
     )
-    nothing = kernels.expert_linear(rows, into, routes)
+    nothing = kernels.expert_linear(rows, into, routes, act="silu")
     assert nothing.shape == (6, 0)
     assert torch.equal(kernels.expert_linear(nothing, out, routes, torch.float32), torch.zeros(6, 32))
 
@@ -176,6 +182,8 @@ def test_zero_size_shards(kernels: Any) -> None:
     empty_in, empty_out = (kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"]) for shape in ((32, 0), (0, 32)))
     assert torch.equal(kernels.linear(torch.empty(2, 0).bfloat16(), empty_in, None, torch.float32), torch.zeros(2, 32))
     assert kernels.linear(torch.ones(2, 32).bfloat16(), empty_out).shape == (2, 0)
+    empty_gated = kernels.pack(torch.empty(0, 32).bfloat16(), FORMATS["int8"], gated=True)
+    assert kernels.linear(torch.ones(2, 32).bfloat16(), empty_gated, act="silu").shape == (2, 0)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ class PackedWeight(Protocol):
 
     n: int
     k: int
+    gated: bool  # the first n / 2 rows are the gate of the others: see Kernels.linear
 
     @property
     def nbytes(self) -> int:
@@ -35,9 +36,10 @@ class PackedWeight(Protocol):
 class Packer(Protocol):
     """A weight on its way from rows to packed."""
 
-    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+    def add(self, row: int, rows: torch.Tensor | Numbers, up: torch.Tensor | Numbers | None = None) -> None:
         """Rows [m, k] from `row` on: fp32 or bf16, which are quantised as the format says, or ready numbers.
 
+        Of a gated weight they are rows of the gate, and `up` has the same ones of its other half, in the same form.
         `row` is a multiple of 32, and so is m unless these are the last rows. Threads may add different rows.
         """
 
@@ -76,16 +78,29 @@ class Kernels(Protocol):
     def thread_ids(self) -> list[int]:
         """The kernel's ids of the threads that compute, the caller's first; only that one where torch has them."""
 
-    def packer(self, n: int, k: int, form: Format) -> Packer:
+    def packer(self, n: int, k: int, form: Format, gated: bool = False) -> Packer:
         """Memory for an [n, k] weight, to be filled by rows; n or k may be 0."""
 
-    def pack(self, weight: torch.Tensor, form: Format) -> Any:
+    def pack(self, weight: torch.Tensor, form: Format, gated: bool = False) -> Any:
         """[n, k] fp32 or bf16, rows may be strided -> PackedWeight, quantised as `form` says; n or k may be 0."""
 
     def linear(
-        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
-        """x [T, k] act_dtype -> x . weight^T + bias: [T, n] in out_dtype (act_dtype or fp32); bias fp32 [n]."""
+        """x [T, k] act_dtype -> act(x . weight^T + bias): [T, n] in out_dtype (act_dtype or fp32); bias fp32 [n].
+
+        With a gated weight the first n / 2 of these results go through `act` and are multiplied by the others:
+        [T, n / 2]. Shazeer, arXiv 2002.05202 (SwiGLU and its kin). Nothing is rounded before the result.
+
+        `act` is one of ACTS; a gated weight needs it. relu; silu, x / (1 + e^-x); gelu, x times the normal
+        distribution's integral up to x; gelu_tanh, near it: x / (1 + e^(-2 u)) with
+        u = sqrt(2 / pi) (x + 0.044715 x^3). Hendrycks and Gimpel, arXiv 1606.08415.
+        """
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> Any:
         """x . weight^T + bias summed over `ranks`, fp32 [T, n], as rms_norm takes it for `add_`; `settle` gives it out.
@@ -155,16 +170,6 @@ class Kernels(Protocol):
         1 / sqrt(head_dim). `softcap` c > 0 makes a score s c tanh(s / c) (Gemma 2, arXiv 2408.00118).
         """
 
-    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """x [T, n] -> an activation of it, [T, n]. `kind` is one of ACTS.
-
-        relu; silu, x / (1 + e^-x); gelu, x times the normal distribution's integral up to x; gelu_tanh, near it:
-        x / (1 + e^(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). Hendrycks and Gimpel, arXiv 1606.08415.
-        """
-
-    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """x [T, 2 n] -> act(x[:, :n]) * x[:, n:]: [T, n]. Shazeer, arXiv 2002.05202 (SwiGLU and its kin)."""
-
     def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, heads, k] act_dtype, each head times its part [n, k] of weight [heads * n, k] -> [T, heads, n].
 
@@ -182,9 +187,14 @@ class Kernels(Protocol):
         """x [T, n] act_dtype -> grouped rows [T * top_k, n]: each token once for each of its experts."""
 
     def expert_linear(
-        self, x: torch.Tensor, weights: Sequence[Any], routes: Routes, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        weights: Sequence[Any],
+        routes: Routes,
+        out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
-        """Grouped rows x [R, k], each times its expert's weight [n, k]: [R, n] in out_dtype, as in linear.
+        """Grouped rows x [R, k], each times its expert's weight [n, k]: [R, n], out_dtype and `act` as in linear.
 
         An expert that nobody has chosen is not read.
         """

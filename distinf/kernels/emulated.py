@@ -118,10 +118,15 @@ class _Paced:
         return cast(torch.Tensor, self._inner.embedding(ids, table, scale))
 
     def linear(
-        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
         self._count(x, self._rates.gemm_s(len(x), weight))
-        y = self._inner.linear(x, weight, bias, out_dtype)
+        y = self._inner.linear(x, weight, bias, out_dtype, act)
         if out_dtype == torch.float32:
             self._wait(y, x.nbytes + y.nbytes)
         return cast(torch.Tensor, y)
@@ -131,10 +136,15 @@ class _Paced:
         return cast(torch.Tensor, self._inner.head_linear(x, weight, tail))
 
     def expert_linear(
-        self, x: torch.Tensor, weights: Sequence[Any], routes: Routes, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        weights: Sequence[Any],
+        routes: Routes,
+        out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
         self._count(x, self._rates.experts_s(len(x), weights))
-        return cast(torch.Tensor, self._inner.expert_linear(x, weights, routes, out_dtype))
+        return cast(torch.Tensor, self._inner.expert_linear(x, weights, routes, out_dtype, act))
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
         """The sum is formed here, not by who reads it: this rank's part must not be seen before its time."""

@@ -10,14 +10,14 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from distinf.kernels.batch import Batch, LayerCache
 from distinf.kernels.formats import Format, Numbers, quantised
-from distinf.kernels.reference import ReferenceKernels, RowPacker
+from distinf.kernels.reference import ReferenceKernels, RowPacker, activated
 from distinf.stdio import stdout_to_stderr
 
 PACKAGE = "intel-extension-for-pytorch"
@@ -51,6 +51,7 @@ class IpexWeight:
     k: int
     form: Format
     context: Any  # its op context, which owns the memory; None: an empty shard
+    gated: bool
 
     @property
     def nbytes(self) -> int:
@@ -61,22 +62,23 @@ class IpexWeight:
 class _WholePacker(RowPacker):
     """Keeps the rows until all are there: the package packs a weight as a whole, and quantises none by itself."""
 
-    kernels: IpexKernels
+    kernels: IpexKernels = field(kw_only=True)
 
-    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+    def _keep(self, row: int, rows: torch.Tensor | Numbers) -> None:
         assert not isinstance(rows, Numbers), "--dtype auto is refused"
         self.data[row : row + len(rows)] = rows
 
     def weight(self) -> Any:
-        return self.kernels.pack(self.data, self.form)
+        return self.kernels.pack(self.data, self.form, self.gated)
 
 
 class IpexKernels(ReferenceKernels):
     """See distinf.kernels.Kernels for shapes. Overridden are the ops that the package has kernels for.
 
-    Its linears sum in fp32 and give bf16: an fp32 out_dtype, and a bias, come after that rounding. Its attention over
-    several rows of a sequence rounds the probabilities to bf16. Weight-only int8 and int4 are multiplied in bf16,
-    by its packed kernels where the CPU has AVX512-FP16; elsewhere it expands the weight at each call, which is slow.
+    Its linears sum in fp32 and give bf16: an fp32 out_dtype, a bias and an activation come after that rounding. Its
+    attention over several rows of a sequence rounds the probabilities to bf16. Weight-only int8 and int4 are multiplied
+    in bf16, by its packed kernels where the CPU has AVX512-FP16; elsewhere it expands the weight at each call, which is
+    slow.
     """
 
     name = "ipex"
@@ -99,18 +101,18 @@ class IpexKernels(ReferenceKernels):
         self._none = torch.empty(0)
         self._first_row = torch.tensor(0)
 
-    def packer(self, n: int, k: int, form: Format) -> Any:
+    def packer(self, n: int, k: int, form: Format, gated: bool = False) -> Any:
         check_dtype(form.name)
-        return _WholePacker(torch.empty(n, k, dtype=torch.bfloat16), form, self)
+        return _WholePacker(torch.empty(n, k, dtype=torch.bfloat16), form, gated, kernels=self)
 
-    def pack(self, weight: torch.Tensor, form: Format) -> Any:
+    def pack(self, weight: torch.Tensor, form: Format, gated: bool = False) -> Any:
         n, k = weight.shape
         check_dtype(form.name)
         if not weight.numel():
-            return IpexWeight(n, k, form, None)
+            return IpexWeight(n, k, form, None, gated)
         if form.bits == 16:
             plain = weight.bfloat16().contiguous()
-            return IpexWeight(n, k, form, self._prepack.linear_prepack(plain, None, None))
+            return IpexWeight(n, k, form, self._prepack.linear_prepack(plain, None, None), gated)
         if form.zero_points:
             raise ValueError(
                 "--kernels ipex takes zero points that are whole numbers, ours are not: leave --zero-points out"
@@ -127,10 +129,15 @@ class IpexKernels(ReferenceKernels):
             number.contiguous(), code, [n, k], scale, None, None, None, None,
             form.group or -1, _LOWP_NONE, _ACTIVATIONS_AS_THEY_ARE, False,
         )  # fmt: skip
-        return IpexWeight(n, k, form, context)
+        return IpexWeight(n, k, form, context, gated)
 
     def linear(
-        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        weight: Any,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
         y: torch.Tensor
         if weight.context is None:
@@ -139,7 +146,7 @@ class IpexKernels(ReferenceKernels):
             y = self._ops.ipex_linear(x, self._none, None, weight.context.get_data_handle(), weight.n)
         else:
             y = self._ops.ipex_woq_linear(x.contiguous(), weight.context.get_data_handle())
-        return (y if bias is None else y + bias).to(out_dtype or self.act_dtype)
+        return activated(y if bias is None else y + bias, act, weight.gated).to(out_dtype or self.act_dtype)
 
     def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
         # Its weights cannot be cut: each head is multiplied by all of them.

@@ -80,6 +80,12 @@ class NativeWeight:
     n: int
     k: int
     packed: _native.Weight | None  # None: an empty shard
+    gated: bool
+
+    @property
+    def columns(self) -> int:
+        """Of the result."""
+        return self.n // 2 if self.gated else self.n
 
     @property
     def nbytes(self) -> int:
@@ -95,26 +101,34 @@ class NativeWeight:
 class NativePacker:
     """See distinf.kernels.Packer."""
 
-    def __init__(self, rt: _native.Runtime, n: int, k: int, form: Format) -> None:
+    def __init__(self, rt: _native.Runtime, n: int, k: int, form: Format, gated: bool) -> None:
         assert k % 2 == 0, f"k is {k}: pairs of bf16 are multiplied together"
+        assert not gated or n % 2 == 0, n
         assert not form.group or k % form.group == 0, (k, form)
         self._form = form
         how = form.bits, form.digits, form.group, form.zero_points, getattr(_native.ScaleType, _SCALES[form.scales])
-        self._weight = NativeWeight(n, k, rt.new_weight(n, k, *how) if n and k else None)
+        self._weight = NativeWeight(n, k, rt.new_weight(n, k, *how, gated) if n and k else None, gated)
 
-    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+    def add(self, row: int, rows: torch.Tensor | Numbers, up: torch.Tensor | Numbers | None = None) -> None:
+        assert (up is not None) == self._weight.gated
+        self._add_half(row, rows, False)
+        if up is not None:
+            assert len(up) == len(rows)
+            self._add_half(row, up, True)
+
+    def _add_half(self, row: int, rows: torch.Tensor | Numbers, up: bool) -> None:
         to = self._weight
-        assert row % 32 == 0 and row + len(rows) <= to.n, (row, len(rows), to)
+        assert row % 32 == 0 and row + len(rows) <= to.columns, (row, len(rows), to)
         if to.packed is None or not len(rows):
             return
         if isinstance(rows, Numbers):
-            self._add_numbers(to.packed, row, rows)
+            self._add_numbers(to.packed, row, rows, up)
             return
         assert rows.dtype in (BF16, FP32) and rows.stride(1) == 1 and rows.shape[1] == to.k, (rows.shape, rows.dtype)
         assert self._form.scales == BF16, "scales of another dtype are a checkpoint's own"
-        to.packed.pack_rows(row, len(rows), rows.data_ptr(), rows.stride(0), rows.dtype == FP32)
+        to.packed.pack_rows(row, len(rows), rows.data_ptr(), rows.stride(0), rows.dtype == FP32, up)
 
-    def _add_numbers(self, to: _native.Weight, row: int, rows: Numbers) -> None:
+    def _add_numbers(self, to: _native.Weight, row: int, rows: Numbers, up: bool) -> None:
         number, form = rows.number, self._form
         assert number.dtype == torch.uint8 and number.stride(1) == 1 and number.shape[1] == to.k, number.shape
         assert (rows.offset is not None) == form.zero_points, form
@@ -122,7 +136,7 @@ class NativePacker:
         offset = rows.offset.to(form.scales).contiguous() if rows.offset is not None else None
         assert scale.shape == (len(rows), to.k // (form.group or to.k)), scale.shape
         addresses = scale.data_ptr(), offset.data_ptr() if offset is not None else 0
-        to.pack_integers(row, len(rows), number.data_ptr(), number.stride(0), *addresses)
+        to.pack_integers(row, len(rows), number.data_ptr(), number.stride(0), *addresses, up)
 
     def weight(self) -> NativeWeight:
         return self._weight
@@ -198,13 +212,13 @@ class NativeKernels:
             self._recording.buffers.append(out)
         return out
 
-    def packer(self, n: int, k: int, form: Format) -> NativePacker:
-        return NativePacker(self._rt, n, k, form)
+    def packer(self, n: int, k: int, form: Format, gated: bool = False) -> NativePacker:
+        return NativePacker(self._rt, n, k, form, gated)
 
-    def pack(self, weight: torch.Tensor, form: Format) -> NativeWeight:
+    def pack(self, weight: torch.Tensor, form: Format, gated: bool = False) -> NativeWeight:
         n, k = weight.shape
-        packer = self.packer(n, k, form)
-        packer.add(0, weight)
+        packer = self.packer(n, k, form, gated)
+        packer.add(0, *weight.chunk(1 + gated))
         return packer.weight()
 
     def linear(
@@ -213,20 +227,21 @@ class NativeKernels:
         weight: NativeWeight,
         bias: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
         m, k = x.shape
         assert k == weight.k and x.dtype == BF16 and (x.stride(1) == 1 or not k), (x.shape, x.dtype, weight)
         assert bias is None or (bias.dtype == FP32 and bias.shape == (weight.n,))
+        assert act or not weight.gated
         dtype = out_dtype or BF16
+        out = self._new(m, weight.columns, dtype=dtype)
         if k == 0:  # an empty shard adds nothing
-            out = self._new(m, weight.n, dtype=dtype)
+            assert act is None
             self.host_call(lambda y: y.copy_(bias.expand_as(y)) if bias is not None else y.zero_(), out)
             return out
-        out = self._new(m, weight.n, dtype=dtype)
         if weight.packed:
-            self._rt.linear(
-                x.data_ptr(), x.stride(0), weight.packed, _address(bias), out.data_ptr(), weight.n, dtype == FP32, m
-            )
+            epilogue = _address(bias), _act(act)
+            self._rt.linear(x.data_ptr(), x.stride(0), weight.packed, *epilogue, out.data_ptr(), dtype == FP32, m)
         return out
 
     def partial_linear(
@@ -336,18 +351,6 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        return self._act(x, kind, x.shape[1], gated=False)
-
-    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        return self._act(x, kind, x.shape[1] // 2, gated=True)
-
-    def _act(self, x: torch.Tensor, kind: str, n: int, gated: bool) -> torch.Tensor:
-        assert x.dtype == BF16 and x.is_contiguous()
-        out = self._new(len(x), n)
-        self._rt.act(getattr(_native.Act, kind), x.data_ptr(), out.data_ptr(), len(x), n, gated)
-        return out
-
     def head_linear(self, x: torch.Tensor, weight: NativeWeight, tail: torch.Tensor | None = None) -> torch.Tensor:
         rows, heads, k = x.shape
         assert x.dtype == BF16 and x.stride(2) == 1 and weight.packed and weight.k == k and weight.n % heads == 0
@@ -387,15 +390,17 @@ class NativeKernels:
         weights: Sequence[NativeWeight],
         routes: Routes,
         out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
-        n, dtype = weights[0].n, out_dtype or BF16
+        n, dtype = weights[0].columns, out_dtype or BF16
         assert x.dtype == BF16 and x.is_contiguous() and x.shape[1] == weights[0].k
+        assert act or not weights[0].gated
         out = self._new(len(x), n, dtype=dtype)
         packed = [w.packed for w in weights if w.packed]
         if packed:
             assert len(packed) == len(weights) == len(routes.starts) - 1
             self._rt.expert_linear(
-                x.data_ptr(), packed, routes.starts.data_ptr(), out.data_ptr(), dtype == FP32, len(x)
+                x.data_ptr(), packed, routes.starts.data_ptr(), _act(act), out.data_ptr(), dtype == FP32, len(x)
             )
         elif n:  # an empty shard adds nothing
             self.host_call(torch.Tensor.zero_, out)
@@ -438,6 +443,11 @@ class NativeKernels:
 
 def _address(x: torch.Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _act(act: str | None) -> _native.Act:
+    kind: _native.Act = getattr(_native.Act, act or "none")
+    return kind
 
 
 def _heads_adjacent(x: torch.Tensor) -> bool:

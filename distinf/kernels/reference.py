@@ -31,6 +31,7 @@ class ReferenceWeight:
 
     data: torch.Tensor
     form: Format
+    gated: bool = False
 
     @property
     def n(self) -> int:
@@ -51,8 +52,14 @@ class RowPacker:
 
     data: torch.Tensor
     form: Format
+    gated: bool = False
 
-    def add(self, row: int, rows: torch.Tensor | Numbers) -> None:
+    def add(self, row: int, rows: torch.Tensor | Numbers, up: torch.Tensor | Numbers | None = None) -> None:
+        self._keep(row, rows)
+        if up is not None:
+            self._keep(len(self.data) // 2 + row, up)
+
+    def _keep(self, row: int, rows: torch.Tensor | Numbers) -> None:
         if isinstance(rows, Numbers):
             rows = rows.dequantised(self.form)
         elif self.form.bits < 16 and rows.numel():
@@ -60,7 +67,7 @@ class RowPacker:
         self.data[row : row + len(rows)] = rows
 
     def weight(self) -> ReferenceWeight:
-        return ReferenceWeight(self.data, self.form)
+        return ReferenceWeight(self.data, self.form, self.gated)
 
 
 class ReferenceKernels:
@@ -77,13 +84,13 @@ class ReferenceKernels:
     def thread_ids(self) -> list[int]:
         return [threading.get_native_id()]  # torch starts the others when it needs them
 
-    def packer(self, n: int, k: int, form: Format) -> RowPacker:
-        return RowPacker(torch.empty(n, k, dtype=torch.float32 if form.bits < 16 else self.act_dtype), form)
+    def packer(self, n: int, k: int, form: Format, gated: bool = False) -> RowPacker:
+        return RowPacker(torch.empty(n, k, dtype=torch.float32 if form.bits < 16 else self.act_dtype), form, gated)
 
-    def pack(self, weight: torch.Tensor, form: Format) -> ReferenceWeight:
+    def pack(self, weight: torch.Tensor, form: Format, gated: bool = False) -> ReferenceWeight:
         n, k = weight.shape
-        packer = self.packer(n, k, form)
-        packer.add(0, weight)
+        packer = self.packer(n, k, form, gated)
+        packer.add(0, *weight.chunk(1 + gated))
         return packer.weight()
 
     def linear(
@@ -92,10 +99,11 @@ class ReferenceKernels:
         weight: ReferenceWeight,
         bias: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
         digits = weight.form.digits
         x = quantise_activations(x, digits) if digits and x.numel() else x.float()
-        return F.linear(x, weight.data.float(), bias).to(out_dtype or self.act_dtype)
+        return activated(F.linear(x, weight.data.float(), bias), act, weight.gated).to(out_dtype or self.act_dtype)
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
         return self.all_reduce_(self.linear(x, weight, bias, torch.float32), ranks)
@@ -174,13 +182,6 @@ class ReferenceKernels:
             out[rows] = (probs @ v).transpose(0, 1).to(self.act_dtype)
         return out
 
-    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        return _ACTS[kind](x.float()).to(self.act_dtype)
-
-    def act_mul(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        gate, up = x.float().chunk(2, dim=-1)
-        return (_ACTS[kind](gate) * up).to(self.act_dtype)
-
     def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
         parts = weight.data.unflatten(0, (x.shape[1], -1))
         heads = [self.linear(x[:, i], ReferenceWeight(part, weight.form)) for i, part in enumerate(parts)]
@@ -215,9 +216,10 @@ class ReferenceKernels:
         weights: Sequence[Any],
         routes: Routes,
         out_dtype: torch.dtype | None = None,
+        act: str | None = None,
     ) -> torch.Tensor:
         spans = zip(weights, routes.starts[:-1], routes.starts[1:], strict=True)
-        return torch.cat([self.linear(x[a:b], weight, None, out_dtype) for weight, a, b in spans if a < b])
+        return torch.cat([self.linear(x[a:b], weight, None, out_dtype, act) for weight, a, b in spans if a < b])
 
     def expert_sum(
         self,
@@ -279,6 +281,15 @@ def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def activated(y: torch.Tensor, act: str | None, gated: bool) -> torch.Tensor:
+    """What Kernels.linear makes of its sums y [T, n]."""
+    assert act or not gated
+    if act is None:
+        return y
+    gate, *up = y.float().chunk(1 + gated, dim=-1)
+    return _ACTS[act](gate) * up[0] if gated else _ACTS[act](gate)
 
 
 def _quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -149,7 +149,7 @@ class Parts:
         """MLP of a layer, from `gate_up` (`up` without a gate) and `down`; `which` is a prefix of these names."""
         name = f"layers.{layer}.{which}"
         up = self.column(name + ("gate_up" if gated else "up"))
-        return MLP(up, self.row(name + "down"), self.config.act, gated, self.kernels)
+        return MLP(up, self.row(name + "down"), self.config.act)
 
     def experts(self, layer: int) -> Experts:
         """Mixture of experts of a layer."""

@@ -166,7 +166,10 @@ def mlp_params(source: str, name: str, config: ModelConfig) -> list[Param]:
     """Gate, up and down projections."""
     hidden, ffn = config.hidden, config.ffn
     gate_up = tuple(Source(f"{source}{p}_proj.weight", (ffn, hidden), "ffn") for p in ("gate", "up"))
-    return [Param(name + "gate_up", "linear", gate_up, bias=config.mlp_bias), down_param(source, name, config)]
+    return [
+        Param(name + "gate_up", "linear", gate_up, bias=config.mlp_bias, gated=True),
+        down_param(source, name, config),
+    ]
 
 
 def down_param(source: str, name: str, config: ModelConfig) -> Param:

@@ -28,7 +28,7 @@ def expert_params(source: str, name: str, config: ModelConfig, theirs: Sequence[
         expert, ours = f"{source}experts.{e}.", f"{name}experts.{e}."
         gate_up = tuple(Source(f"{expert}{p}.weight", (moe.ffn, hidden), "expert_ffn") for p in (gate, up))
         output = Source(f"{expert}{down}.weight", (hidden, moe.ffn))
-        table.append(Param(ours + "gate_up", "linear", gate_up, use=use))
+        table.append(Param(ours + "gate_up", "linear", gate_up, use=use, gated=True))
         table.append(Param(ours + "down", "linear", (output,), columns="expert_ffn", use=use))
     return table
 
@@ -40,6 +40,6 @@ def shared_params(source: str, name: str, config: ModelConfig) -> list[Param]:
     gate_up = tuple(Source(f"{source}{p}_proj.weight", shape, "shared_ffn") for p in ("gate", "up"))
     down = Source(source + "down_proj.weight", shape[::-1])
     return [
-        Param(name + "shared.gate_up", "linear", gate_up),
+        Param(name + "shared.gate_up", "linear", gate_up, gated=True),
         Param(name + "shared.down", "linear", (down,), columns="shared_ffn"),
     ]

@@ -54,4 +54,5 @@ def fused_gate_up(source: str, name: str, config: ModelConfig) -> Param:
     """Gate and up projections behind one another in one tensor."""
     shape = (2 * config.ffn, config.hidden)
     halves = (range(config.ffn), range(config.ffn, 2 * config.ffn))
-    return Param(name + "gate_up", "linear", tuple(Source(source, shape, "ffn", part=half) for half in halves))
+    sources = tuple(Source(source, shape, "ffn", part=half) for half in halves)
+    return Param(name + "gate_up", "linear", sources, gated=True)

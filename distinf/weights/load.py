@@ -69,38 +69,39 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
 
 def _packer(loader: Loader, param: Param) -> Packer:
     rows = sum(len(loader.cuts.rows(source)) for source in param.sources)
-    return loader.kernels.packer(rows, len(loader.cuts.columns(param)), loader.formats[param.name])
+    return loader.kernels.packer(rows, len(loader.cuts.columns(param)), loader.formats[param.name], param.gated)
 
 
 def _pack_jobs(loader: Loader, param: Param, packer: Packer) -> Iterator[Job]:
-    """One for each few rows of the stacked sources."""
+    """One for each few rows of the stacked sources, or of both halves of a gated weight."""
     form, k = loader.formats[param.name], len(loader.cuts.columns(param))
-    n = sum(len(loader.cuts.rows(source)) for source in param.sources)
-    row_bytes = max(1, k * loader.kernels.act_dtype.itemsize)
+    halves = [(source,) for source in param.sources] if param.gated else [param.sources]
+    n = sum(len(loader.cuts.rows(source)) for source in halves[0])
+    row_bytes = max(1, len(halves) * k * loader.kernels.act_dtype.itemsize)
     step = max(_PANEL, _CHUNK_BYTES // row_bytes // _PANEL * _PANEL)
     for first in range(0, n, step):
         chunk = range(first, min(first + step, n))
 
         def work(chunk: range = chunk) -> None:
-            packer.add(chunk.start, _read(loader, param, form, chunk))
+            packer.add(chunk.start, *(_read(loader, param, half, chunk) for half in halves))
 
-        yield Job(work, form.nbytes(len(chunk), k))
+        yield Job(work, form.nbytes(len(chunk) * len(halves), k))
 
 
-def _read(loader: Loader, param: Param, form: Format, chunk: range) -> torch.Tensor | Numbers:
+def _read(loader: Loader, param: Param, sources: Sequence[Source], chunk: range) -> torch.Tensor | Numbers:
     """Rows `chunk` of a linear's stacked sources: in act_dtype, or the checkpoint's own numbers where they are kept."""
     checkpoint, columns = loader.checkpoint, loader.cuts.columns(param)
-    pieces = list(_pieces(loader, param, chunk))
-    if form == stored_format(checkpoint, param):
+    pieces = list(_pieces(loader, sources, chunk))
+    if loader.formats[param.name] == stored_format(checkpoint, param):
         parts = [(source.name, part) for source, rows in pieces for part in source.tensor_rows(rows)]
         return stacked([checkpoint.numbers(name, part, columns) for name, part in parts])
     return stack([read_rows(checkpoint, source, loader.kernels.act_dtype, rows, columns) for source, rows in pieces])
 
 
-def _pieces(loader: Loader, param: Param, chunk: range) -> Iterator[tuple[Source, range]]:
+def _pieces(loader: Loader, sources: Sequence[Source], chunk: range) -> Iterator[tuple[Source, range]]:
     """The rows of each source that the rows `chunk` of the stack come from."""
     start = 0
-    for source in param.sources:
+    for source in sources:
         rows = loader.cuts.rows(source)
         first, last = max(chunk.start - start, 0), min(chunk.stop - start, len(rows))
         if first < last:

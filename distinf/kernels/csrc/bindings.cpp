@@ -28,20 +28,20 @@ T* at(uintptr_t address) {
 }
 
 Weight new_weight(Runtime& rt, int64_t n, int64_t k, int bits, int digits, int64_t group, bool offsets,
-                  ScaleType scales) {
-  Weight weight{nullptr, n, k, bits, digits, group, offsets, scales};
+                  ScaleType scales, bool gated) {
+  Weight weight{nullptr, n, k, bits, digits, group, offsets, scales, gated};
   weight.data = static_cast<char*>(rt.arena.allocate(weight.bytes()));
   return weight;
 }
 
-void pack_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t src, int64_t stride, bool fp32) {
+void pack_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t src, int64_t stride, bool fp32, bool up) {
   const RowRange rows{first, count};
-  fp32 ? pack(at<const float>(src), stride, rows, weight) : pack(at<const bf16>(src), stride, rows, weight);
+  fp32 ? pack(at<const float>(src), stride, rows, up, weight) : pack(at<const bf16>(src), stride, rows, up, weight);
 }
 
 void pack_integer_rows(const Weight& weight, int64_t first, int64_t count, uintptr_t numbers, int64_t stride,
-                       uintptr_t scales, uintptr_t offsets) {
-  pack_integers(at<const uint8_t>(numbers), stride, at<const char>(scales), at<const char>(offsets), {first, count},
+                       uintptr_t scales, uintptr_t offsets, bool up) {
+  pack_integers(at<const uint8_t>(numbers), stride, at<const char>(scales), at<const char>(offsets), {first, count}, up,
                 weight);
 }
 
@@ -49,7 +49,16 @@ LinearArgs linear_args(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight&
   const int workers = rt.team.size();
   rt.reserve_scratch(weight.bits == 16 ? amx_scratch_bytes(weight, workers)
                                        : quantised_scratch_bytes(weight, m, workers));
-  return {at<const bf16>(x), x_stride, weight, at<const float>(bias), nullptr, weight.n, true, m, nullptr};
+  return {at<const bf16>(x),
+          x_stride,
+          weight,
+          at<const float>(bias),
+          Act::kNone,
+          nullptr,
+          weight.columns(),
+          true,
+          m,
+          nullptr};
 }
 
 void run_linear(const Worker& w, Runtime& rt, LinearArgs args) {
@@ -57,11 +66,11 @@ void run_linear(const Worker& w, Runtime& rt, LinearArgs args) {
   (args.w.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised)(w, args);
 }
 
-void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t out,
-            int64_t out_stride, bool out_fp32, int64_t m) {
+void linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, Act act, uintptr_t out,
+            bool out_fp32, int64_t m) {
   LinearArgs args = linear_args(rt, x, x_stride, weight, bias, m);
+  args.act = act;
   args.out = at<void>(out);
-  args.out_stride = out_stride;
   args.out_fp32 = out_fp32;
   rt.execute([=, &rt](const Worker& w) { run_linear(w, rt, args); });
 }
@@ -197,10 +206,6 @@ void add_rows(Runtime& rt, uintptr_t x, uintptr_t y, bool fp32, int64_t n) {
   rt.execute([=, &rt](const Worker& w) { rt.kernels.add_rows(w, at<float>(x), at<const void>(y), fp32, n); });
 }
 
-void act(Runtime& rt, Act kind, uintptr_t x, uintptr_t out, int64_t rows, int64_t n, bool gated) {
-  rt.execute([=, &rt](const Worker& w) { rt.kernels.act(w, kind, at<const bf16>(x), at<bf16>(out), rows, n, gated); });
-}
-
 void softcap(Runtime& rt, uintptr_t x, int64_t n, float cap) {
   rt.execute([=, &rt](const Worker& w) { rt.kernels.softcap(w, at<float>(x), n, cap); });
 }
@@ -228,6 +233,7 @@ PYBIND11_MODULE(_native, m) {
       .value("avx512_bf16", Isa::kAvx512Bf16)
       .value("amx", Isa::kAmx);
   py::enum_<Act>(m, "Act")
+      .value("none", Act::kNone)
       .value("silu", Act::kSilu)
       .value("gelu", Act::kGelu)
       .value("gelu_tanh", Act::kGeluTanh)
@@ -286,7 +292,6 @@ PYBIND11_MODULE(_native, m) {
       .def("layer_norm", &layer_norm)
       .def("head_norm", &head_norm)
       .def("add_rows", &add_rows)
-      .def("act", &act)
       .def("softcap", &softcap)
       .def("embedding", &embedding)
       .def("peak_tops", &peak_tops, py::arg("int8"), py::arg("repeats"));

@@ -21,6 +21,7 @@ namespace distinf {
 namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
+#include "act.inl"
 #include "gemm_bf16.inl"
 
 constexpr int64_t kBlockRows = 2 * kTileRows;
@@ -109,11 +110,11 @@ inline void tile_block(const LinearArgs& args, const Chunk& chunk, int64_t row, 
 }
 
 // Rows [row, row + rows) of the result from c[rows][kPanel].
-void store_rows(const LinearArgs& args, const float* c, int64_t row, int64_t rows, int64_t column) {
+void store_rows(const LinearArgs& args, const float* c, int64_t row, int64_t rows, int64_t panel) {
   for (int64_t r = 0; r < rows; r++, c += kPanel) {
     Vec y[kVectors];
     for (int v = 0; v < kVectors; v++) y[v] = load(c + v * kLanes);
-    store_row(args, row + r, column, y);
+    store_row(args, row + r, panel, y);
   }
 }
 
@@ -132,7 +133,7 @@ void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, floa
     float* c = sums + r * kPanel;
     configure_rows(rows, configured);
     rows > kTileRows ? tile_block<true>(args, chunk, row, w, c) : tile_block<false>(args, chunk, row, w, c);
-    if (chunk.last) store_rows(args, c, row, rows, panel * kPanel);
+    if (chunk.last) store_rows(args, c, row, rows, panel);
   }
 }
 

@@ -18,6 +18,7 @@ namespace distinf {
 namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
+#include "act.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"
@@ -119,7 +120,7 @@ void panel_block(const LinearArgs& args, const QuantisedRows& q, const Block& bl
     const Vec scale = broadcast(q.scales[block.row + r]);
     Vec y[kVectors];
     for (int v = 0; v < kVectors; v++) y[v] = mul(load(total + r * kPanel + v * kLanes), scale);
-    store_row(args, block.row + r, panel * kPanel, y);
+    store_row(args, block.row + r, panel, y);
   }
 }
 

@@ -7,17 +7,40 @@ constexpr int kMaxRows = kLanes == 16 ? 12 : 2;
 // A weight line is asked for 4 KiB ahead of its use: DRAM latency (about 100 ns) at 20-40 GB/s per core.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// bf16 or fp32 results of one row of a panel; columns past n are not written.
-inline void store_row(const LinearArgs& args, int64_t row, int64_t column, const Vec* acc) {
+inline Vec with_bias(const float* bias, Vec y, int64_t i, int64_t n) { return bias ? add(y, load_n(bias, i, n)) : y; }
+
+inline void store_result(const LinearArgs& args, int64_t row, Vec y, int64_t i, int64_t n) {
+  if (args.out_fp32) {
+    store_n(static_cast<float*>(args.out) + row * args.out_stride, y, i, n);
+  } else {
+    store_n(static_cast<bf16*>(args.out) + row * args.out_stride, y, i, n);
+  }
+}
+
+// store_row with an activation, which is too long to stand at the end of every kernel.
+__attribute__((noinline)) void store_activated(const LinearArgs& args, int64_t row, int64_t panel, const Vec* sums) {
+  const int64_t n = args.w.columns(), first = panel * args.w.panel_columns();
+  const int vectors = args.w.gated ? kVectors / 2 : kVectors;
+  for (int v = 0; v < vectors; v++) {
+    const int64_t i = first + v * kLanes;
+    if (i >= n) return;
+    Vec y = activated(args.act, with_bias(args.bias, sums[v], i, n));
+    if (args.w.gated) y = mul(y, with_bias(args.bias ? args.bias + n : nullptr, sums[v + vectors], i, n));
+    store_result(args, row, y, i, n);
+  }
+}
+
+// bf16 or fp32 results of one row of a panel from its sums; columns past the last are not written.
+inline void store_row(const LinearArgs& args, int64_t row, int64_t panel, const Vec* acc) {
+  if (args.act != Act::kNone) {
+    Vec sums[kVectors];  // a copy, so that the accumulators themselves can stay in registers
+    for (int v = 0; v < kVectors; v++) sums[v] = acc[v];
+    return store_activated(args, row, panel, sums);
+  }
   for (int v = 0; v < kVectors; v++) {
-    const int64_t i = column + v * kLanes;
+    const int64_t i = panel * kPanel + v * kLanes;
     if (i >= args.w.n) return;
-    const Vec y = args.bias ? add(acc[v], load_n(args.bias, i, args.w.n)) : acc[v];
-    if (args.out_fp32) {
-      store_n(static_cast<float*>(args.out) + row * args.out_stride, y, i, args.w.n);
-    } else {
-      store_n(static_cast<bf16*>(args.out) + row * args.out_stride, y, i, args.w.n);
-    }
+    store_result(args, row, with_bias(args.bias, acc[v], i, args.w.n), i, args.w.n);
   }
 }
 
@@ -40,7 +63,7 @@ inline void panel_rows(const LinearArgs& args, int64_t panel, int64_t row) {
       for (int v = 0; v < kVectors; v++) acc[r][v] = dot_pairs(acc[r][v], xr, columns[v]);
     }
   }
-  for (int r = 0; r < kRows; r++) store_row(args, row + r, panel * kPanel, acc[r]);
+  for (int r = 0; r < kRows; r++) store_row(args, row + r, panel, acc[r]);
 }
 
 template <int kRows>

@@ -78,7 +78,7 @@ inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q,
   }
   for (int r = 0; r < kRows; r++) {
     for (int v = 0; v < kVectors; v++) total[r][v] = mul(total[r][v], broadcast(q.scales[row + r]));
-    store_row(args, row + r, panel * kPanel, total[r]);
+    store_row(args, row + r, panel, total[r]);
   }
 }
 

@@ -9,13 +9,17 @@
 
 namespace distinf {
 
-// out[m, n] (fp32 or bf16) = x[m, k] . w[n, k]^T (+ bias[n])
+enum class Act { kNone, kSilu, kGelu, kGeluTanh, kRelu };
+
+// out[m, n] (fp32 or bf16) = act(x[m, k] . w[n, k]^T (+ bias[n])); of a gated weight, the first half of those n
+// results through act, times the second half: out[m, n / 2]
 struct LinearArgs {
   const bf16* x;  // [m, k], row stride x_stride
   int64_t x_stride;
   Weight w;
   const float* bias;  // [n] or nullptr
-  void* out;          // [m, n], row stride out_stride
+  Act act;
+  void* out;  // row stride out_stride
   int64_t out_stride;
   bool out_fp32;
   int64_t m;
@@ -118,8 +122,6 @@ struct ExpertSumArgs {
   float* out;  // [rows, n]
 };
 
-enum class Act { kSilu, kGelu, kGeluTanh, kRelu };
-
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
   void (*linear_quantised)(const Worker&, const LinearArgs&);
@@ -139,8 +141,6 @@ struct KernelTable {
                int64_t head_dim, int64_t half);
   void (*kv_append)(const Worker&, const bf16* k, const bf16* v, int64_t stride, const CacheArgs&, const BatchArgs&);
   void (*attention)(const Worker&, const AttentionArgs&, const CacheArgs&, const BatchArgs&);
-  // out[rows, n] = act(x[rows, n]), or gated act(x[:, :n]) * x[:, n:] with x[rows, 2 n]
-  void (*act)(const Worker&, Act, const bf16* x, bf16* out, int64_t rows, int64_t n, bool gated);
   // x[n] = cap tanh(x / cap)
   void (*softcap)(const Worker&, float* x, int64_t n, float cap);
   void (*expert_sum)(const Worker&, const ExpertSumArgs&);

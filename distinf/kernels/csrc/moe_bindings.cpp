@@ -53,8 +53,8 @@ void expert_rows(Runtime& rt, uintptr_t x, uintptr_t place, int64_t rows, int64_
 }
 
 // Each expert's linear over its own rows, starts[e] .. starts[e + 1] of x; an expert without rows is not read.
-void expert_linear(Runtime& rt, uintptr_t x, const std::vector<Weight>& experts, uintptr_t starts, uintptr_t out,
-                   bool out_fp32, int64_t rows) {
+void expert_linear(Runtime& rt, uintptr_t x, const std::vector<Weight>& experts, uintptr_t starts, Act act,
+                   uintptr_t out, bool out_fp32, int64_t rows) {
   const int workers = rt.team.size();
   for (const Weight& weight : experts) {
     rt.reserve_scratch(weight.bits == 16 ? amx_scratch_bytes(weight, workers)
@@ -69,9 +69,9 @@ void expert_linear(Runtime& rt, uintptr_t x, const std::vector<Weight>& experts,
       begun = true;
       const Weight& weight = experts[e];
       const auto kernel = weight.bits == 16 ? rt.kernels.linear_bf16 : rt.kernels.linear_quantised;
-      const int64_t width = weight.n * (out_fp32 ? 4 : 2);
-      kernel(w, {at<const bf16>(x) + first[e] * weight.k, weight.k, weight, nullptr, at<char>(out) + first[e] * width,
-                 weight.n, out_fp32, first[e + 1] - first[e], rt.scratch()});
+      const int64_t width = weight.columns() * (out_fp32 ? 4 : 2);
+      kernel(w, {at<const bf16>(x) + first[e] * weight.k, weight.k, weight, nullptr, act,
+                 at<char>(out) + first[e] * width, weight.columns(), out_fp32, first[e + 1] - first[e], rt.scratch()});
     }
   });
 }

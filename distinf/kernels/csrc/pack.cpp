@@ -32,12 +32,11 @@ inline void transpose_pairs(const T* const* rows, int64_t i, bf16* to) {
   for (int j = 0; j < 4; j++) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j * kPanel * 2), quads[j]);
 }
 
-// src[columns][k] into a panel. Pairs of four columns are turned over together in SSE2, which every x86-64 has: four
-// times the speed of one pair at a time, and loading is mostly this.
+// src[columns][k] into columns `first` .. of a panel of zeros. Pairs of four columns are turned over together in SSE2,
+// which every x86-64 has: four times the speed of one pair at a time, and loading is mostly this.
 template <class T>
-void pack_panel_bf16(const T* src, int64_t stride, int64_t columns, const Weight& w, char* panel) {
-  auto* to = reinterpret_cast<bf16*>(panel);
-  std::memset(to, 0, w.panel_bytes());
+void pack_columns_bf16(const T* src, int64_t stride, int64_t columns, const Weight& w, char* panel, int64_t first) {
+  auto* to = reinterpret_cast<bf16*>(panel) + 2 * first;
   int64_t c = 0;
   for (; c + 4 <= columns; c += 4) {
     const T* from[4] = {src + c * stride, src + (c + 1) * stride, src + (c + 2) * stride, src + (c + 3) * stride};
@@ -99,13 +98,13 @@ void pack_group(const T* x, int64_t n, const Weight& w, char* group, int64_t col
 }
 
 template <class T>
-void pack_panel_quantised(const T* src, int64_t stride, int64_t columns, const Weight& w, char* to) {
-  std::memset(to, 0, w.panel_bytes());
+void pack_columns_quantised(const T* src, int64_t stride, int64_t columns, const Weight& w, char* panel,
+                            int64_t first) {
   for (int64_t c = 0; c < columns; c++) {
     const T* from = src + c * stride;
     for (int64_t group = 0; group < w.groups(); group++) {
       const int64_t start = group * w.group_rows();
-      pack_group(from + start, std::min(w.group_rows(), w.k - start), w, to + group * w.group_bytes(), c);
+      pack_group(from + start, std::min(w.group_rows(), w.k - start), w, panel + group * w.group_bytes(), first + c);
     }
   }
 }
@@ -113,15 +112,18 @@ void pack_panel_quantised(const T* src, int64_t stride, int64_t columns, const W
 }  // namespace
 
 template <class T>
-void pack(const T* src, int64_t stride, RowRange rows, const Weight& weight) {
-  const auto pack_panel = weight.bits == 16 ? pack_panel_bf16<T> : pack_panel_quantised<T>;
-  for (int64_t row = 0; row < rows.count; row += kPanel) {
-    char* panel = weight.data + (rows.first + row) / kPanel * weight.panel_bytes();
-    pack_panel(src + row * stride, stride, std::min(kPanel, rows.count - row), weight, panel);
+void pack(const T* src, int64_t stride, RowRange rows, bool up, const Weight& weight) {
+  const auto pack_columns = weight.bits == 16 ? pack_columns_bf16<T> : pack_columns_quantised<T>;
+  const int64_t width = weight.panel_columns();
+  for (int64_t row = 0; row < rows.count; row += width) {
+    char* panel = weight.data + (rows.first + row) / width * weight.panel_bytes();
+    const int64_t columns = std::min(width, rows.count - row);
+    if (!up) std::memset(panel, 0, weight.panel_bytes());
+    pack_columns(src + row * stride, stride, columns, weight, panel, up ? width : 0);
   }
 }
 
-template void pack<float>(const float*, int64_t, RowRange, const Weight&);
-template void pack<bf16>(const bf16*, int64_t, RowRange, const Weight&);
+template void pack<float>(const float*, int64_t, RowRange, bool, const Weight&);
+template void pack<bf16>(const bf16*, int64_t, RowRange, bool, const Weight&);
 
 }  // namespace distinf

@@ -12,13 +12,14 @@ struct RowRange {
   int64_t first, count;
 };
 
-// Packs src[rows.count, k] (fp32 or bf16, row stride `stride`) into weight.data, quantising as its format says.
+// Packs src[rows.count, k] (fp32 or bf16, row stride `stride`) into weight.data, quantising as its format says. Of a
+// gated weight they are rows of the gate, or with `up` of its other half: these come after the gate's.
 template <class T>
-void pack(const T* src, int64_t stride, RowRange rows, const Weight& weight);
+void pack(const T* src, int64_t stride, RowRange rows, bool up, const Weight& weight);
 
 // Packs numbers[rows.count, k] that are quantised already, and their scales and offsets [rows.count, groups] in
 // weight.scales (offsets: null where the format has none).
 void pack_integers(const uint8_t* numbers, int64_t stride, const char* scales, const char* offsets, RowRange rows,
-                   const Weight& weight);
+                   bool up, const Weight& weight);
 
 }  // namespace distinf

@@ -23,11 +23,12 @@ void place_numbers(const uint8_t* from, int64_t n, int bits, int64_t column, uin
 }  // namespace
 
 void pack_integers(const uint8_t* numbers, int64_t stride, const char* scales, const char* offsets, RowRange rows,
-                   const Weight& weight) {
+                   bool up, const Weight& weight) {
   const int64_t size = weight.scale_bytes(), groups = weight.groups();
+  const int64_t width = weight.panel_columns();
   for (int64_t row = 0; row < rows.count; row++) {
-    const int64_t column = (rows.first + row) % kPanel;
-    char* panel = weight.data + (rows.first + row) / kPanel * weight.panel_bytes();
+    const int64_t column = (rows.first + row) % width + (up ? width : 0);
+    char* panel = weight.data + (rows.first + row) / width * weight.panel_bytes();
     if (column == 0) std::memset(panel, 0, weight.panel_bytes());
     for (int64_t group = 0; group < groups; group++) {
       char* header = panel + group * weight.group_bytes();

@@ -9,6 +9,9 @@
 //                 8 bit [group / 4][kPanel][4] u8                    quads, as the int8 dot products take them
 //                 4 bit [group / 4][kPanel / 2][4]: column c in the low nibble, column c + 16 in the high one
 //
+// A gated weight (`gated`) holds two of the same shape, the gate's rows before the others: a panel is kPanel / 2
+// columns of the gate and then the same ones of the other, so that whoever has a panel's sums has both factors.
+//
 // A quantised weight is scale * (number - middle), the middle of the grid being 128 or 8, or with offsets
 // scale * number + offset. Numbers are unsigned, because VNNI multiplies unsigned by signed and the activations
 // are signed.
@@ -38,8 +41,12 @@ struct Weight {
   int64_t group;  // rows of K that share a scale; 0: all of them
   bool offsets;   // one for each scale
   ScaleType scales;
+  bool gated;
 
-  int64_t panels() const { return round_up(n, kPanel) / kPanel; }
+  // Of the result, and those of it that a panel has.
+  int64_t columns() const { return gated ? n / 2 : n; }
+  int64_t panel_columns() const { return gated ? kPanel / 2 : kPanel; }
+  int64_t panels() const { return round_up(columns(), panel_columns()) / panel_columns(); }
   // Rows of K of a group as packed: a lone group is padded to whole tiles.
   int64_t group_rows() const { return group ? group : round_up(k, kQuantisedDepth); }
   int64_t groups() const { return (k + group_rows() - 1) / group_rows(); }
