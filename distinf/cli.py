@@ -100,6 +100,9 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shares", metavar="S,S,...", help="part of the model for each rank; auto: see distinf tune (default: equal)"
     )
+    parser.add_argument(
+        "--expert-parallel", action="store_true", help="whole experts to ranks, by their shares, not columns of each"
+    )
     parser.add_argument("--kv-dtype", default="bf16", metavar="|".join(KV_DTYPES), help="cache (default: %(default)s)")
 
 
@@ -116,7 +119,12 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
 
 
 def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
-    """Where the tuner begins: as the flags say (None), unless --gpu-memory-gb makes that doubtful."""
+    """Where the tuner begins: as the flags say (None), unless --gpu-memory-gb makes that doubtful.
+
+    Raises InputError for --expert-parallel: what is measured and balanced are columns.
+    """
+    if args.expert_parallel:
+        raise InputError("--expert-parallel: shares of whole experts are not tuned; expected --shares as numbers")
     devices = agreed(group, lambda: parse_devices(args.device, group.world_size))
     return None if args.gpu_memory_gb is None else within_memory(devices)
 
@@ -142,7 +150,7 @@ def loader(args: argparse.Namespace, group: Group, kv_tokens: int, pack_cache: s
             threads=args.threads, load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config,
             num_layers=args.num_layers, membind=args.membind, group=group, capture=args.capture,
             timeout_s=args.timeout, kv_tokens=kv_tokens, progress=sys.stderr.isatty(), notify=notify,
-            pack_cache=pack_cache,
+            pack_cache=pack_cache, expert_parallel=args.expert_parallel,
         )  # fmt: skip
 
     return load
@@ -336,7 +344,10 @@ def _plan(args: argparse.Namespace) -> tuple[list[RankReport], int]:
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected 1 or more")
     shares = PhaseShares.of(parse_shares(args.shares, args.world_size))
-    run = RunConfig(args.dtype, args.head_dtype, args.group_size, args.zero_points, shares, kv_dtype=args.kv_dtype)
+    run = RunConfig(
+        args.dtype, args.head_dtype, args.group_size, args.zero_points, shares, kv_dtype=args.kv_dtype,
+        expert_parallel=args.expert_parallel,
+    )  # fmt: skip
     model = find_model(args.model)
     plan = Plan.of(_described(model, args.dtype), run)
     context = args.context or plan.config.max_positions

@@ -141,6 +141,7 @@ class RunConfig:
     isa: str = "auto"
     threads: int = 0  # per rank; 0: the cores that the rank is bound to
     load_format: str = "auto"
+    expert_parallel: bool = False  # a rank has some experts whole, instead of columns of each
     capture: bool = True  # record the decode step once and replay it
     gpu_memory_gb: float | None = None  # most that the linears of a rank with a device may take; None: no limit
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -217,11 +217,13 @@ class MLP:
 
 @dataclass(frozen=True)
 class Experts:
-    """Mixture of experts (Shazeer et al., arXiv 1701.06538), each split over the ranks like a plain MLP."""
+    """Mixture of experts (Shazeer et al., arXiv 1701.06538): a rank has columns of each, or some of them whole."""
 
     gate: ColumnParallelLinear  # whole on every rank: all choose alike
     choice_bias: torch.Tensor | None  # fp32 [experts]; see Kernels.route
     router: Router
+    experts: range  # those of this rank, whose weights follow
+    ffn: int  # columns of each here
     gate_up: Sequence[LinearWeight]
     down: Sequence[LinearWeight]
     act: str
@@ -233,10 +235,11 @@ class Experts:
     def __call__(self, x: torch.Tensor) -> Any:
         """x [T, hidden] act_dtype -> fp32 [T, hidden], as RowParallelLinear gives it."""
         kernels = self.kernels
-        routes = kernels.route(self.gate(x, torch.float32), self.choice_bias, self.router)
+        chosen = kernels.route(self.gate(x, torch.float32), self.choice_bias, self.router)
+        routes = replace(chosen, experts=self.experts)
         rows = kernels.expert_rows(x, routes)
-        hidden = kernels.expert_linear(rows, [w.weight for w in self.gate_up], routes, act=self.act)
-        y = kernels.expert_linear(hidden, [w.weight for w in self.down], routes, torch.float32)
+        hidden = kernels.expert_linear(rows, [w.weight for w in self.gate_up], routes, self.ffn, act=self.act)
+        y = kernels.expert_linear(hidden, [w.weight for w in self.down], routes, x.shape[1], torch.float32)
         shared = self.shared.partial(x) if self.shared else None
         weight = self.shared_gate(x, torch.float32) if self.shared_gate else None
         return kernels.all_reduce_(kernels.expert_sum(y, routes, shared, weight), self.group)

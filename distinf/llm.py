@@ -84,7 +84,8 @@ def load_model(
         notify(line)
     cores = bound.bindings[group.rank].cores
     cache = agreed(group, lambda: _cache(pack_cache, checkpoint, plan, group.rank, kernels) if pack_cache else None)
-    loader = Loader(checkpoint, plan.params, plan.cuts(group.rank), group.rank, kernels, plan.formats, cores, cache)
+    mine = plan.params_of(group.rank), plan.cuts(group.rank), group.rank
+    loader = Loader(checkpoint, *mine, kernels, plan.formats, cores, cache)
     weights = agreed(group, lambda: load_weights(loader, progress and group.rank == 0))
     for text in remote_memory(group, bound):
         notify(f"warning: {text}")
@@ -121,7 +122,7 @@ def _cache(directory: Path, checkpoint: Checkpoint, plan: Plan, rank: int, kerne
         checkpoint.identity,
         plan.shards[rank],
         plan.formats,
-        plan.params,
+        plan.params_of(rank),
     )
     return PackCache(directory, "\n".join(map(str, made_of)))
 
@@ -181,6 +182,7 @@ class LLM:
         group_size: int | None = None,
         zero_points: bool = False,
         shares: str | PhaseShares | None = None,
+        expert_parallel: bool = False,
         devices: list[str] | tuple[Device, ...] = (),
         gpu_fraction: str | None = None,
         gpu_memory_gb: float | None = None,
@@ -205,6 +207,7 @@ class LLM:
         `dtype` is auto (as the checkpoint has it), fp32, bf16, int8, w8a8 or int4 (`head_dtype`: of the head, None:
         the same, int8 for w8a8); `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8
         halves the KV cache. `shares` is one number for each rank ("3,1"; None: equal), or what the tuner found.
+        `expert_parallel` gives whole experts to ranks, by their FFN shares, instead of columns of each.
         `devices` are ranks that are no plain cpu ("1=emulated:speed=4": rank 1); `gpu_fraction` is what the one such
         rank takes ("0.3", or "0.2,0.5,0" of attention, FFN and vocabulary), the others sharing the rest, and
         `gpu_memory_gb` the most its weights may be.
@@ -232,6 +235,7 @@ class LLM:
                 dtype=dtype, head_dtype=head_dtype, group_size=group_size, zero_points=zero_points, shares=of,
                 devices=on, kernels=kernels, isa=isa, threads=threads, load_format=load_format, capture=capture,
                 gpu_memory_gb=gpu_memory_gb, kv_dtype=kv_dtype, membind=membind, timeout_s=timeout_s,
+                expert_parallel=expert_parallel,
             ),
         )  # fmt: skip
         self.group.timeout_s = timeout_s

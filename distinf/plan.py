@@ -41,11 +41,15 @@ class Plan:
         # A group of a down projection's input features has to be on one rank.
         downs = [p.name for p in params if p.columns in ("ffn", "expert_ffn", "shared_ffn")]
         ffn_multiple = max([TILE, *(formats[name].group for name in downs)])
-        shards = split_model(config, run.shares, ffn_multiple)
+        shards = split_model(config, run.shares, ffn_multiple, run.expert_parallel)
         plan = Plan(known, config, run, params, formats, shards, ffn_multiple)
         for rank in range(len(shards)):
-            check_groups(params, plan.cuts(rank), formats)
+            check_groups(plan.params_of(rank), plan.cuts(rank), formats)
         return plan
+
+    def params_of(self, rank: int) -> list[Param]:
+        """The rows of the split table that a rank has a part of: all but other ranks' experts."""
+        return [p for p in self.params if p.expert is None or p.expert in self.shards[rank].experts]
 
     def cuts(self, rank: int) -> Cuts:
         """A rank's ranges of the checkpoint's tensors."""
@@ -57,7 +61,7 @@ class Plan:
         cache_dtype = torch.int8 if self.run.kv_dtype == "int8" else act_dtype
         sizes = config.n_layers, kv_heads, config.head_dim, cache_dtype
         per_token = KVCache.bytes_per_token(*sizes, latent=config.mla is not None)
-        weights = weight_bytes(self.params, self.cuts(rank), self.formats, act_dtype)
+        weights = weight_bytes(self.params_of(rank), self.cuts(rank), self.formats, act_dtype)
         return MemoryNeed(weights, kv_tokens * per_token, kv_tokens)
 
     @property
@@ -67,7 +71,7 @@ class Plan:
 
     def linear_bytes(self, rank: int, act_dtype: torch.dtype) -> int:
         """What a rank multiplies with."""
-        linears = [p for p in self.params if p.kind == "linear"]
+        linears = [p for p in self.params_of(rank) if p.kind == "linear"]
         return weight_bytes(linears, self.cuts(rank), self.formats, act_dtype)
 
     def table_bytes(self, act_dtype: torch.dtype) -> int:
@@ -88,11 +92,16 @@ class Plan:
         return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize)
 
 
-def split_model(config: ModelConfig, shares: PhaseShares, ffn_multiple: int = TILE) -> tuple[Shard, ...]:
-    """Every rank's shard of a model; see ShardPlan.build."""
-    experts = (config.moe.ffn, config.moe.shared_ffn) if config.moe else (0, 0)
+def split_model(
+    config: ModelConfig, shares: PhaseShares, ffn_multiple: int = TILE, expert_parallel: bool = False
+) -> tuple[Shard, ...]:
+    """Every rank's shard of a model; see ShardPlan.build. Raises ValueError when there are no experts to divide."""
+    moe = config.moe
+    if expert_parallel and not moe:
+        raise ValueError(f"--expert-parallel: {config.model_type} models have no experts; expected a mixture of them")
+    experts = (moe.n_experts, moe.ffn, moe.shared_ffn) if moe else (0, 0, 0)
     sizes = config.n_heads, config.n_kv_heads, config.ffn, config.vocab
-    return ShardPlan.build(*sizes, shares, *experts, ffn_multiple).shards
+    return ShardPlan.build(*sizes, shares, *experts, ffn_multiple, expert_parallel).shards
 
 
 def parse(hf: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -139,7 +148,7 @@ def table(ranks: list[RankReport]) -> str:
         return f"{r.start} .. {r.stop - 1} ({len(r)})" if r else "none"
 
     names = {"q_heads": "query heads", "kv_heads": "KV heads", "ffn": "FFN columns", "vocab": "vocabulary"}
-    names |= {"expert_ffn": "of an expert", "shared_ffn": "of the shared one"}
+    names |= {"experts": "experts", "expert_ffn": "of an expert", "shared_ffn": "of the shared one"}
     parts = [part for part in names if any(getattr(r.shard, part) for r in ranks)]
     titles = ["rank", "weights", "KV cache", "workspace", "total GB", *(names[part] for part in parts)]
     rows = [

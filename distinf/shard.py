@@ -120,7 +120,8 @@ class Shard:
     kv_heads: range
     ffn: range
     vocab: range
-    expert_ffn: range = range(0)  # of each expert
+    experts: range = range(0)  # all, unless they are divided
+    expert_ffn: range = range(0)  # of each of these
     shared_ffn: range = range(0)
 
 
@@ -137,11 +138,14 @@ class ShardPlan:
         ffn: int,
         vocab: int,
         shares: PhaseShares | Sequence[Fraction | int],
+        n_experts: int = 0,
         expert_ffn: int = 0,
         shared_ffn: int = 0,
         ffn_multiple: int = TILE,
+        whole_experts: bool = False,
     ) -> ShardPlan:
-        """Plan for as many ranks as there are shares. Each expert is split like a plain FFN: all ranks work on all.
+        """Plan for as many ranks as there are shares. Each expert is split like a plain FFN and all ranks work on all,
+        or with `whole_experts` each is one rank's.
 
         Ranges of FFN columns end on multiples of `ffn_multiple`, itself a multiple of TILE.
 
@@ -149,9 +153,16 @@ class ShardPlan:
         """
         of = PhaseShares.of(shares)
         heads = split_heads(n_heads, n_kv_heads, of.attention)
-        ffns = (split(n, of.ffn, ffn_multiple) for n in (ffn, expert_ffn, shared_ffn))
+        ffns, shared = (split(n, of.ffn, ffn_multiple) for n in (ffn, shared_ffn))
         vocabs = split(vocab, of.vocab, TILE)
-        shards = tuple(Shard(h.q, h.kv, f, v, *e) for h, v, f, *e in zip(heads, vocabs, *ffns, strict=True))
+        if whole_experts:
+            experts = split(n_experts, of.ffn)
+            columns = [range(expert_ffn if mine else 0) for mine in experts]
+        else:
+            experts, columns = [range(n_experts)] * len(heads), split(expert_ffn, of.ffn, ffn_multiple)
+        shards = tuple(
+            Shard(h.q, h.kv, *rest) for h, *rest in zip(heads, ffns, vocabs, experts, columns, shared, strict=True)
+        )
         for rank, shard in enumerate(shards):
             if (of.attention[rank] or of.ffn[rank]) and not shard.q_heads and not shard.ffn:
                 raise ValueError(

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+
+from distinf import LLM, SamplingParams
+from distinf.config import ModelConfig
+from distinf.engine import Decoder, Sequence
 
 VOCAB = 199
 
@@ -148,3 +153,30 @@ CASES = [(name, case) for name, recipes in RECIPES.items() for case in recipes]
 
 def prompt_of(n: int, seed: int = 11) -> list[int]:
     return [(37 * i + seed) % VOCAB for i in range(n)]
+
+
+NEW_TOKENS = 8
+
+
+def steps_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """This rank's logits of the decode steps of two sequences."""
+    steps: list[torch.Tensor] = []
+    decode = Decoder.__call__
+
+    def keep(self: Decoder, running: list[Sequence]) -> torch.Tensor:
+        steps.append(decode(self, running).clone())
+        return steps[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "__call__", keep)
+        llm.generate([prompt_of(5), prompt_of(70)], SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    return steps
+
+
+def bf16_tolerance(config: ModelConfig, logits: torch.Tensor) -> float:
+    """How far bf16 logits may be from fp32 ones.
+
+    A random walk of bf16 roundings: at most 16 a layer, half an ulp each, and five sigma of it; the scores of these
+    models are of the size of 1, so that an error in one is as large in its weight.
+    """
+    return 5 * 2**-9 * (16 * config.n_layers) ** 0.5 * float(logits.std())

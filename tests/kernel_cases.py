@@ -259,25 +259,29 @@ def check_experts(kernels: Any, form: Format, rows: int, n: int, k: int, gated: 
     """
     torch.manual_seed(rows)
     router, x = Router(top_k=3, normalise=True), torch.randn(rows, k).bfloat16()
-    routes = kernels.route(
-        torch.randn(rows, 7) * 3 - torch.arange(7.0) * 2, None, router
-    )  # the last ones hardly chosen
+    every = kernels.route(torch.randn(rows, 7) * 3 - torch.arange(7.0) * 2, None, router)  # the last ones hardly chosen
     matrices = [torch.randn(n * (1 + gated), k).bfloat16() / k**0.5 for _ in range(7)]
     weights, act = [kernels.pack(w, form, gated) for w in matrices], "silu" if gated else None
     plus, gate = torch.randn(rows, n), torch.randn(rows, 1)
-    y = kernels.expert_linear(kernels.expert_rows(x, routes), weights, routes, torch.float32, act)
     singles = torch.stack([kernels.linear(x, w, None, torch.float32, act) for w in weights], 1)  # [rows, experts, n]
-    chosen = singles.gather(1, routes.ids.long()[..., None].expand(-1, -1, n)) * routes.weights[..., None]
+    chosen = singles.gather(1, every.ids.long()[..., None].expand(-1, -1, n)) * every.weights[..., None]
     size = float(x.float().norm(dim=1).max())
     tolerance = (k + 8) * FP32_UNIT * 4 * size
     if gated:
         tolerance *= 2 * 1.13 * size * max(float(w.float().norm(dim=1).max()) for w in matrices)
-    for shared, gated in ((None, None), (plus, None), (plus, gate)):
-        expected = chosen.sum(1)
-        if shared is not None:
-            expected = expected + shared * (1 if gated is None else gated.sigmoid())
-        total = kernels.expert_sum(y, routes, shared, gated)
-        torch.testing.assert_close(total, expected, rtol=0, atol=tolerance)
+    for experts in (range(7), range(1, 4), range(5, 5)):  # all, a rank's own, a rank's that has none
+        routes = replace(every, experts=experts)
+        mine = slice(int(routes.bounds[0]), int(routes.bounds[-1]))
+        grouped = kernels.expert_rows(x, routes)
+        y = kernels.expert_linear(grouped, weights[experts.start : experts.stop], routes, n, torch.float32, act)
+        y[: mine.start] = y[mine.stop :] = math.nan  # nobody wrote them
+        here = ((every.ids >= experts.start) & (every.ids < experts.stop))[..., None]
+        for shared, weighted in ((None, None), (plus, None), (plus, gate)):
+            expected = (chosen * here).sum(1)
+            if shared is not None:
+                expected = expected + shared * (1 if weighted is None else weighted.sigmoid())
+            total = kernels.expert_sum(y, routes, shared, weighted)
+            torch.testing.assert_close(total, expected, rtol=0, atol=tolerance)
 
 
 EXPERT_FORMS = [FORMATS["bf16"], FORMATS["int8"], FORMATS["int4"]]

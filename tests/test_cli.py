@@ -65,6 +65,10 @@ def test_info_as_text_and_as_json() -> None:
 
 
 MISTAKES = [
+    (
+        ["generate", "--prompt", "x", "--shares", "auto", "--expert-parallel"],
+        "--expert-parallel: shares of whole experts are not tuned; expected --shares as numbers",
+    ),
     (["generate", "--prompt", "x", "--dtype", "fp7"], "--dtype 'fp7' is unknown; expected one of auto, fp32, bf16"),
     (["generate", "--prompt", "x", "--shares", "1,1"], "--shares '1,1' has 2 entries but there are 1 ranks"),
     (["generate", "--prompt", "x", "--shares", "-1"], "a share cannot be negative"),

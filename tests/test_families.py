@@ -8,50 +8,29 @@ import pytest
 import torch
 
 from distinf import LLM, SamplingParams
-from distinf.engine import Decoder, Sequence
+from distinf.engine import Sequence
 from distinf.models import families, family
 from distinf.weights.hf_config import read_config_json
-from tests.families import CASES, RECIPES, prompt_of
-
-PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True)
+from tests.families import CASES, NEW_TOKENS, RECIPES, bf16_tolerance, prompt_of, steps_of
 
 
 def test_every_family_has_a_recipe() -> None:
     assert sorted(RECIPES) == families()
 
 
-def steps_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Logits of the decode steps of two sequences."""
-    steps: list[torch.Tensor] = []
-    decode = Decoder.__call__
-
-    def keep(self: Decoder, running: list[Sequence]) -> torch.Tensor:
-        steps.append(decode(self, running).clone())
-        return steps[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "__call__", keep)
-        llm.generate([prompt_of(5), prompt_of(70)], PARAMS)
-    return steps
-
-
 @pytest.mark.parametrize("name, case", CASES)
 def test_bf16(name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured steps have the eager ones' bits, and both are near fp32.
-
-    A random walk of bf16 roundings: at most 16 a layer, half an ulp each, and five sigma of it; the scores of these
-    models are of the size of 1, so that an error in one is as large in its weight.
-    """
+    """Captured steps have the eager ones' bits, and both are near fp32."""
     RECIPES[name][case](tmp_path)
     captured, eager = (LLM(str(tmp_path), dtype="bf16", capture=capture) for capture in (True, False))
     a, b = steps_of(captured, monkeypatch), steps_of(eager, monkeypatch)
-    assert len(a) == len(b) == PARAMS.max_new_tokens - 1
+    assert len(a) == len(b) == NEW_TOKENS - 1
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     exact, native = (
         llm.engine.prefill([Sequence(0, prompt_of(90))], llm.engine.new_cache([90]))[0]
         for llm in (LLM(str(tmp_path), dtype="fp32"), captured)
     )
-    assert (native - exact).abs().max() < 5 * 2**-9 * (16 * captured.config.n_layers) ** 0.5 * exact.std()
+    assert (native - exact).abs().max() < bf16_tolerance(captured.config, exact)
 
 
 @pytest.mark.parametrize("name, case", [("llama", "dynamic"), ("phi3", "longrope")])

@@ -135,11 +135,11 @@ def test_heads_and_experts_have_their_time_before_the_sum_and_no_step_that_of_an
     routes = plain.route(torch.randn(3, 4), None, Router(top_k=2))
     start = time.perf_counter()
     heads = kernels.head_linear(x, up)
-    y = kernels.expert_linear(rows, experts, routes, torch.float32)
+    y = kernels.expert_linear(rows, experts, routes, 50, torch.float32)
     kernels.all_reduce_(y, group)
     assert group.came_s[0] - start >= 4 * (64 * 40 + 4 * 50 * 64) / 1e6
     assert torch.equal(heads, plain.head_linear(x, up))
-    assert torch.equal(y, plain.expert_linear(rows, experts, routes, torch.float32))
+    assert torch.equal(y, plain.expert_linear(rows, experts, routes, 50, torch.float32))
     logits, phase_s = x[:, 0], 4 * 64 * 40 / 1e6
     kernels.linear(logits, up, None, torch.float32)  # the head's end no phase: the next step does
     step = kernels.record(lambda: kernels.linear(logits, up, None, torch.float32))

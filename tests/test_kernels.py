@@ -125,9 +125,9 @@ def test_experts_without_columns_or_rows(kernels: Any) -> None:
         [kernels.pack(torch.empty(shape).bfloat16(), FORMATS["int8"], gated) for _ in range(4)]
         for shape, gated in (((0, 32), True), ((32, 0), False))
     )
-    nothing = kernels.expert_linear(rows, into, routes, act="silu")
+    nothing = kernels.expert_linear(rows, into, routes, 0, act="silu")
     assert nothing.shape == (6, 0)
-    assert torch.equal(kernels.expert_linear(nothing, out, routes, torch.float32), torch.zeros(6, 32))
+    assert torch.equal(kernels.expert_linear(nothing, out, routes, 32, torch.float32), torch.zeros(6, 32))
 
 
 def test_more_experts_than_fit_are_refused(kernels: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
 from distinf.kernels import native
 from distinf.llm import LoadedModel, load_model
+from distinf.shard import PhaseShares
 from distinf.weights import Checkpoint, open_checkpoint
+from tests.families import make
 
 RUN = RunConfig(dtype="int8", zero_points=True)
 
@@ -103,6 +106,17 @@ def test_other_flags_shards_and_files_have_entries_of_their_own(tiny_llama: Path
     weights = tiny_llama / "model.safetensors"
     weights.touch()
     assert load(tiny_llama, tmp_path)[1] > 0 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_whole_experts_are_not_taken_for_columns_of_each(tmp_path: Path) -> None:
+    """The first of two ranks has half the columns of four experts, or two experts: as many bytes."""
+    make("Mixtral", num_local_experts=4, num_experts_per_tok=2)(tmp_path)
+    columns = RunConfig(shares=PhaseShares.of([1, 1]))
+    for run in (columns, replace(columns, expert_parallel=True)):
+        expected, _ = load(tmp_path, None, run)
+        for read_again in (True, False):
+            found, read = load(tmp_path, tmp_path / "cache", run)
+            assert found == expected and bool(read) == read_again
 
 
 def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from distinf.llm import load_model
 from distinf.plan import Plan, report
 from distinf.shard import PhaseShares
 from distinf.weights import open_checkpoint
+from distinf.weights.load import weight_bytes
 from tests.conftest import REPO, distinf, run
+from tests.test_published_configs import COMMON, PUBLISHED
 
 QWEN2_72B = REPO / "perf/models/qwen2-72b.json"
 
@@ -55,6 +57,29 @@ def test_ffn_ranges_are_whole_groups() -> None:
     assert all(s.ffn.start % 128 == 0 for s in plan.shards) and plan.shards[-1].ffn.stop == 29568
 
 
+def test_whole_experts_on_three_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """128 experts of 768 columns in 48 layers; a rank's own take what they would take of one rank."""
+    hf = {**COMMON, **PUBLISHED["Qwen3-30B-A3B"][0]}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    plan = plan_of(tmp_path / "config.json", RunConfig(shares=PhaseShares.of([1] * 3), expert_parallel=True))
+    assert [s.experts for s in plan.shards] == [range(43), range(43, 85), range(85, 128)]
+    experts = [p for p in plan.params_of(0) if p.expert is not None]
+    assert weight_bytes(experts, plan.cuts(0), plan.formats, torch.bfloat16) == 43 * 48 * 3 * 768 * 2048 * 2
+    main(
+        [
+            "plan",
+            "--model",
+            str(tmp_path / "config.json"),
+            "--world-size",
+            "3",
+            "--memory-gb",
+            "99",
+            "--expert-parallel",
+        ]
+    )
+    assert "43 .. 84 (42)  0 .. 767 (768)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype, head_dtype", [("bf16", None), ("int8", None), ("int4", "bf16")])
 def test_the_plan_is_what_loading_takes(tmp_path: Path, dtype: str, head_dtype: str | None) -> None:
     """To the byte where no panel is padded."""
@@ -83,6 +108,7 @@ def test_workspace_grows_with_the_prompt_up_to_a_chunk() -> None:
         (["--shares", "1,1"], "--shares '1,1' has 2 entries but there are 1 ranks"),
         (["--dtype", "fp7"], "--dtype 'fp7' is unknown"),
         (["--world-size", 3000], "3000 ranks are more than the model can use"),
+        (["--expert-parallel"], "--expert-parallel: qwen2 models have no experts"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], flags: list[object], message: str) -> None:

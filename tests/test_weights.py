@@ -22,6 +22,8 @@ from distinf.shard import PhaseShares
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.gguf import GGUFCheckpoint
 from distinf.weights.load import Loader, load_weights
+from tests.checkpoint_files import split_header
+from tests.families import RECIPES
 
 LAB_1B = Path(__file__).resolve().parent.parent / "perf/models/lab-1b.json"
 
@@ -67,7 +69,26 @@ def test_gguf_tensors_equal_those_of_transformers(smollm2: Path) -> None:
             assert torch.equal(checkpoint.read(name, torch.float32), expected), name
 
 
-def test_ranks_together_read_each_matrix_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[range]:
+    """The bytes of files that are read from here on."""
+    read: list[range] = []
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(range(offset, offset + sum(map(len, buffers))))
+        return original(fd, buffers, offset)
+
+    original = os.preadv
+    monkeypatch.setattr(os, "preadv", preadv)
+    return read
+
+
+def load_rank(checkpoint: Checkpoint, plan: Plan, rank: int) -> None:
+    kernels = ReferenceKernels(torch.bfloat16, 1)
+    load_weights(Loader(checkpoint, plan.params_of(rank), plan.cuts(rank), rank, kernels, plan.formats), False)
+
+
+def test_ranks_together_read_each_matrix_once(tiny_llama: Path, reads: list[range]) -> None:
     """The embedding table is mapped; vectors are read by every rank."""
     checkpoint = open_dir(tiny_llama)
     run = RunConfig(dtype="bf16", shares=PhaseShares.of([1] * 3))
@@ -75,20 +96,26 @@ def test_ranks_together_read_each_matrix_once(tiny_llama: Path, monkeypatch: pyt
     sizes = {n: math.prod(s) * 4 for p in plan.params for n, s in p.shapes().items()}  # fp32 in the file
     vectors = sum(size for name, size in sizes.items() if len(checkpoint.shape(name)) == 1)
     matrices = sum(sizes.values()) - vectors - sizes["model.embed_tokens.weight"]
-    read = []
-
-    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
-        read.append(sum(map(len, buffers)))
-        return original(fd, buffers, offset)
-
-    original = os.preadv
-    monkeypatch.setattr(os, "preadv", preadv)
     for rank in range(3):
-        load_weights(
-            Loader(checkpoint, plan.params, plan.cuts(rank), rank, ReferenceKernels(torch.bfloat16, 1), plan.formats),
-            False,
-        )
-    assert matrices < sum(read) <= matrices + 3 * vectors
+        load_rank(checkpoint, plan, rank)
+    assert matrices < sum(map(len, reads)) <= matrices + 3 * vectors
+
+
+def test_a_rank_reads_its_own_experts_whole_and_no_byte_of_others(tmp_path: Path, reads: list[range]) -> None:
+    """Five experts on shares 3, 0, 1: boundaries at 3.75 and at 3.75."""
+    RECIPES["mixtral"]["plain"](tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    header, start = split_header(data)[0], 8 + int.from_bytes(data[:8], "little")
+    plan = Plan.of(open_dir(tmp_path), RunConfig(shares=PhaseShares.of([3, 0, 1]), expert_parallel=True))
+    for rank, experts in enumerate(([0, 1, 2, 3], [], [4])):
+        reads.clear()
+        load_rank(open_dir(tmp_path), plan, rank)
+        for name, entry in header.items():
+            if ".experts." in name:
+                first, end = (start + offset for offset in entry["data_offsets"])
+                read = sum(len(range(max(r.start, first), min(r.stop, end))) for r in reads)
+                mine = int(name.split(".experts.")[1].split(".")[0]) in experts
+                assert read == (end - first if mine else 0), (rank, name)
 
 
 def copy_of(path: Path, to: Path) -> Path:

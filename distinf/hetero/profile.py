@@ -148,7 +148,7 @@ def _phase(kernels: Kernels, linears: list[_Linear], layers: list[list[list[Any]
         for linear, weights in zip(linears, layer, strict=True):
             if linear.experts:
                 assert inputs.routes is not None
-                y = kernels.expert_linear(inputs.grouped[linear.k], weights, inputs.routes, linear.out_dtype)
+                y = kernels.expert_linear(inputs.grouped[linear.k], weights, inputs.routes, linear.n, linear.out_dtype)
                 if linear.sums:
                     y = kernels.all_reduce_(y, _ALONE)
             elif linear.sums:
@@ -177,7 +177,7 @@ def phase_params(plan: Plan, phase: str) -> list[Param]:
         if p.kind == "linear"
         and p.name.startswith(f"layers.{layer}.")
         and cuts & {p.columns, *(source.rows for source in p.sources)}
-        and (".experts." not in p.name or ".experts.0." in p.name)
+        and p.expert in (None, 0)
     ]
 
 

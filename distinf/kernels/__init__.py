@@ -180,7 +180,8 @@ class Kernels(Protocol):
     def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
         """logits fp32 [T, experts] -> each token's experts and their weights, and the order of the grouped rows.
 
-        `bias` fp32 [experts] is added to the scores for the choice, not for the weights.
+        `bias` fp32 [experts] is added to the scores for the choice, not for the weights. All experts are meant: a rank
+        that has some of them replaces `routes.experts`. The ops below leave the rows of others as they are, unwritten.
         """
 
     def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -191,12 +192,13 @@ class Kernels(Protocol):
         x: torch.Tensor,
         weights: Sequence[Any],
         routes: Routes,
+        n: int,
         out_dtype: torch.dtype | None = None,
         act: str | None = None,
     ) -> torch.Tensor:
-        """Grouped rows x [R, k], each times its expert's weight [n, k]: [R, n], out_dtype and `act` as in linear.
+        """Grouped rows x [R, k], each times its expert's weight: [R, n], out_dtype and `act` as in linear.
 
-        An expert that nobody has chosen is not read.
+        `weights` are those of routes.experts, which may be none. An expert that nobody has chosen is not read.
         """
 
     def expert_sum(

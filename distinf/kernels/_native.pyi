@@ -157,12 +157,25 @@ class Runtime:
         place: int,
         starts: int,
     ) -> None: ...
-    def expert_rows(self, x: int, place: int, rows: int, top_k: int, bytes: int, out: int) -> None: ...
+    def expert_rows(
+        self, x: int, place: int, first: int, end: int, rows: int, top_k: int, bytes: int, out: int
+    ) -> None: ...
     def expert_linear(
         self, x: int, experts: list[Weight], starts: int, act: Act, out: int, out_fp32: bool, rows: int
     ) -> None: ...
     def expert_sum(
-        self, y: int, weights: int, place: int, plus: int, gate: int, rows: int, top_k: int, n: int, out: int
+        self,
+        y: int,
+        weights: int,
+        place: int,
+        first: int,
+        end: int,
+        plus: int,
+        gate: int,
+        rows: int,
+        top_k: int,
+        n: int,
+        out: int,
     ) -> None: ...
     def softcap(self, x: int, n: int, cap: float) -> None: ...
     def embedding(self, ids: int, table: int, scale: float, out: int, rows: int, n: int) -> None: ...

@@ -51,6 +51,8 @@ class Rates:
 
     def experts_s(self, rows: int, weights: Sequence[Any]) -> float:
         """Time of grouped rows, each times its expert's weight: as many experts as there are rows, or all."""
+        if not weights:
+            return 0.0
         read_s = min(rows, len(weights)) * weights[0].nbytes / (1e9 * self.read_gb_s)
         return float(max(read_s, 2 * rows * weights[0].n * weights[0].k / (1e12 * self.tflops)))
 
@@ -140,11 +142,13 @@ class _Paced:
         x: torch.Tensor,
         weights: Sequence[Any],
         routes: Routes,
+        n: int,
         out_dtype: torch.dtype | None = None,
         act: str | None = None,
     ) -> torch.Tensor:
-        self._count(x, self._rates.experts_s(len(x), weights))
-        return cast(torch.Tensor, self._inner.expert_linear(x, weights, routes, out_dtype, act))
+        rows = len(x) * len(routes.experts) // (len(routes.starts) - 1)  # of those experts, if all are chosen alike
+        self._count(x, self._rates.experts_s(rows, weights))
+        return cast(torch.Tensor, self._inner.expert_linear(x, weights, routes, n, out_dtype, act))
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
         """The sum is formed here, not by who reads it: this rank's part must not be seen before its time."""

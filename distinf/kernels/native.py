@@ -369,7 +369,7 @@ class NativeKernels:
         assert bias is None or (bias.dtype == FP32 and bias.shape == (experts,))
         chosen = rows, router.top_k
         ids, place, starts = (self._new(*s, dtype=torch.int32) for s in (chosen, chosen, (experts + 1,)))
-        routes = Routes(ids, self._new(*chosen, dtype=FP32), place, starts)
+        routes = Routes(ids, self._new(*chosen, dtype=FP32), place, starts, range(experts))
         self._rt.route(
             logits.data_ptr(), _address(bias), rows, experts, router.top_k, router.sigmoid, router.normalise,
             router.scale, router.groups, router.top_groups, router.group_best,
@@ -381,7 +381,9 @@ class NativeKernels:
         assert x.dtype == BF16 and x.is_contiguous()
         rows, top_k = routes.place.shape
         out = self._new(rows * top_k, x.shape[1])
-        self._rt.expert_rows(x.data_ptr(), routes.place.data_ptr(), rows, top_k, 2 * x.shape[1], out.data_ptr())
+        self._rt.expert_rows(
+            x.data_ptr(), routes.place.data_ptr(), *_bounds(routes), rows, top_k, 2 * x.shape[1], out.data_ptr()
+        )
         return out
 
     def expert_linear(
@@ -389,20 +391,20 @@ class NativeKernels:
         x: torch.Tensor,
         weights: Sequence[NativeWeight],
         routes: Routes,
+        n: int,
         out_dtype: torch.dtype | None = None,
         act: str | None = None,
     ) -> torch.Tensor:
-        n, dtype = weights[0].columns, out_dtype or BF16
-        assert x.dtype == BF16 and x.is_contiguous() and x.shape[1] == weights[0].k
-        assert act or not weights[0].gated
+        dtype = out_dtype or BF16
+        assert x.dtype == BF16 and x.is_contiguous() and len(weights) == len(routes.experts)
+        assert all((w.columns, w.k) == (n, x.shape[1]) and (act or not w.gated) for w in weights), (n, x.shape, act)
         out = self._new(len(x), n, dtype=dtype)
         packed = [w.packed for w in weights if w.packed]
         if packed:
-            assert len(packed) == len(weights) == len(routes.starts) - 1
-            self._rt.expert_linear(
-                x.data_ptr(), packed, routes.starts.data_ptr(), _act(act), out.data_ptr(), dtype == FP32, len(x)
-            )
-        elif n:  # an empty shard adds nothing
+            assert len(packed) == len(weights)
+            first, _ = _bounds(routes)
+            self._rt.expert_linear(x.data_ptr(), packed, first, _act(act), out.data_ptr(), dtype == FP32, len(x))
+        elif n and weights:  # an empty shard adds nothing
             self.host_call(torch.Tensor.zero_, out)
         return out
 
@@ -419,8 +421,8 @@ class NativeKernels:
         assert gate is None or (gate.dtype == FP32 and gate.shape == (rows, 1))
         out = self._new(rows, y.shape[1], dtype=FP32)
         self._rt.expert_sum(
-            y.data_ptr(), routes.weights.data_ptr(), routes.place.data_ptr(), _address(plus), _address(gate),
-            rows, top_k, y.shape[1], out.data_ptr(),
+            y.data_ptr(), routes.weights.data_ptr(), routes.place.data_ptr(), *_bounds(routes), _address(plus),
+            _address(gate), rows, top_k, y.shape[1], out.data_ptr(),
         )  # fmt: skip
         return out
 
@@ -439,6 +441,12 @@ class NativeKernels:
 
     def measure_peak_tops(self, int8: bool) -> float:
         return self._rt.peak_tops(int8, 5)
+
+
+def _bounds(routes: Routes) -> tuple[int, int]:
+    """Where the first grouped row of the experts that are meant stands, and where the end of the last one's."""
+    bounds = routes.bounds
+    return bounds.data_ptr(), bounds[-1:].data_ptr()
 
 
 def _address(x: torch.Tensor | None) -> int:

@@ -203,7 +203,8 @@ class ReferenceKernels:
         place = torch.empty_like(ids).view(-1)
         place[ids.view(-1).argsort(stable=True)] = torch.arange(ids.numel())
         starts = torch.searchsorted(ids.view(-1).sort().values, torch.arange(logits.shape[1] + 1))
-        return Routes(ids.int(), weights * router.scale, place.view_as(ids).int(), starts.int())
+        every = range(logits.shape[1])
+        return Routes(ids.int(), weights * router.scale, place.view_as(ids).int(), starts.int(), every)
 
     def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
         rows = torch.empty(routes.place.numel(), x.shape[1], dtype=x.dtype)
@@ -215,11 +216,15 @@ class ReferenceKernels:
         x: torch.Tensor,
         weights: Sequence[Any],
         routes: Routes,
+        n: int,
         out_dtype: torch.dtype | None = None,
         act: str | None = None,
     ) -> torch.Tensor:
-        spans = zip(weights, routes.starts[:-1], routes.starts[1:], strict=True)
-        return torch.cat([self.linear(x[a:b], weight, None, out_dtype, act) for weight, a, b in spans if a < b])
+        out = torch.full((len(x), n), math.nan, dtype=out_dtype or self.act_dtype)
+        for weight, a, b in zip(weights, routes.bounds[:-1], routes.bounds[1:], strict=True):
+            if a < b:
+                out[a:b] = self.linear(x[a:b], weight, None, out_dtype, act)
+        return out
 
     def expert_sum(
         self,
@@ -228,7 +233,9 @@ class ReferenceKernels:
         plus: torch.Tensor | None = None,
         gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        total = (y[routes.place] * routes.weights[..., None]).sum(1)
+        there = (routes.place >= routes.bounds[0]) & (routes.place < routes.bounds[-1])
+        parts = torch.where(there[..., None], y[routes.place] * routes.weights[..., None], 0.0)
+        total = parts.sum(1)
         if plus is None:
             return total
         return total + (plus if gate is None else gate.sigmoid() * plus)

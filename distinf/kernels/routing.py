@@ -35,3 +35,9 @@ class Routes:
     weights: torch.Tensor  # fp32 [T, top_k]
     place: torch.Tensor  # int32 [T, top_k], the grouped row
     starts: torch.Tensor  # int32 [experts + 1], the first grouped row of each expert, and the end
+    experts: range  # those that are meant, of all: a rank may have some of them only
+
+    @property
+    def bounds(self) -> torch.Tensor:
+        """int32 [len(experts) + 1]: the first grouped row of each expert that is meant, and the end; a view."""
+        return self.starts[self.experts.start : self.experts.stop + 1]

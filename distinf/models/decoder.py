@@ -157,12 +157,14 @@ class Parts:
         assert moe
 
         def each(which: str) -> list[LinearWeight]:
-            return [linears[f"{name}experts.{e}.{which}"] for e in range(moe.n_experts)]
+            return [linears[f"{name}experts.{e}.{which}"] for e in self.shard.experts]
 
         return Experts(
             gate=self.column(name + "router"),
             choice_bias=self.weights.tensors.get(name + "choice_bias"),
             router=Router(moe.top_k, moe.sigmoid, moe.normalise, moe.scale, moe.groups, moe.top_groups, moe.group_best),
+            experts=self.shard.experts,
+            ffn=len(self.shard.expert_ffn),
             gate_up=each("gate_up"),
             down=each("down"),
             act=self.config.act,

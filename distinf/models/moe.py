@@ -28,8 +28,8 @@ def expert_params(source: str, name: str, config: ModelConfig, theirs: Sequence[
         expert, ours = f"{source}experts.{e}.", f"{name}experts.{e}."
         gate_up = tuple(Source(f"{expert}{p}.weight", (moe.ffn, hidden), "expert_ffn") for p in (gate, up))
         output = Source(f"{expert}{down}.weight", (hidden, moe.ffn))
-        table.append(Param(ours + "gate_up", "linear", gate_up, use=use, gated=True))
-        table.append(Param(ours + "down", "linear", (output,), columns="expert_ffn", use=use))
+        table.append(Param(ours + "gate_up", "linear", gate_up, use=use, gated=True, expert=e))
+        table.append(Param(ours + "down", "linear", (output,), columns="expert_ffn", use=use, expert=e))
     return table
 
 

@@ -73,6 +73,7 @@ class Param:
     exact: bool = False  # a linear that is not quantised
     use: float = 1.0  # part of the tokens that pass through a linear
     gated: bool = False  # of a linear's two sources the first is the gate of the other: see Kernels.linear
+    expert: int | None = None  # which of the layer's experts it belongs to; None: to none
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every checkpoint tensor behind this weight, biases included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from distinf import LLM, Group, SamplingParams, comm
+from distinf.comm import InputError
 from distinf.engine import Sequence
-from tests.families import CASES, RECIPES, prompt_of
+from distinf.shard import PhaseShares
+from tests.families import CASES, RECIPES, bf16_tolerance, prompt_of, steps_of
 
 # fp32 sums of a few hundred terms, a few tens of times in a row: errors of single units grow to parts in 1e5.
 FP32_RTOL = 2e-5
@@ -85,3 +87,40 @@ def test_captured_and_eager_steps_choose_alike(group: Group, tmp_path: Path, nam
         for capture in (True, False)
     )
     assert [c.token_ids for c in captured] == [c.token_ids for c in eager]
+
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_whole_experts_give_the_same_logits(
+    group: Group, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, in bf16 by native kernels, and captured as eager; the first of several ranks has no expert."""
+    oracle = make_oracle(group, tmp_path, name, next(iter(RECIPES[name])), lengths=(7, 90))
+    equal = [1] * group.world_size
+    shares = PhaseShares.of(equal) if group.world_size == 1 else replace(PhaseShares.of(equal), ffn=(0, *equal[1:]))
+
+    def llm(dtype: str, capture: bool = True) -> LLM:
+        run = {"dtype": dtype, "shares": shares, "expert_parallel": True, "capture": capture}
+        return LLM(str(oracle.path), group=group, **run)
+
+    exact, captured, eager = llm("fp32"), llm("bf16"), llm("bf16", capture=False)
+    moe, experts = exact.config.moe, group.all_gather_object(exact.loaded.model.shard.experts)
+    assert moe and [e for of_rank in experts for e in of_rank] == list(range(moe.n_experts))
+    assert bool(experts[0]) == (group.world_size == 1)
+    expected = torch.stack([oracle.logits[n] for n in (7, 90)])
+    for model, tolerance in (
+        (exact, FP32_RTOL * float(expected.abs().max())),
+        (captured, bf16_tolerance(captured.config, expected)),
+    ):
+        y = last_logits(model, [prompt_of(n) for n in (7, 90)])
+        torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+    a, b = steps_of(captured, monkeypatch), steps_of(eager, monkeypatch)
+    assert len(a) > 1 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_model_without_experts_has_none_to_divide(group: Group, tmp_path: Path) -> None:
+    oracle = make_oracle(group, tmp_path, "qwen2", "plain", lengths=())
+    with pytest.raises(InputError, match="--expert-parallel: qwen2 models have no experts; expected a mixture"):
+        LLM(str(oracle.path), group=group, expert_parallel=True)

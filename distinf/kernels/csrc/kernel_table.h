@@ -113,11 +113,12 @@ struct AttentionArgs {
 };
 
 struct ExpertSumArgs {
-  const float* y;        // [rows * top_k, n], grouped by expert
-  const float* weights;  // [rows, top_k]
-  const int32_t* place;  // [rows, top_k] row of y
-  const float* plus;     // [rows, n] or nullptr
-  const float* gate;     // [rows] or nullptr: `plus` as it is
+  const float* y;              // [rows * top_k, n], grouped by expert
+  const float* weights;        // [rows, top_k]
+  const int32_t* place;        // [rows, top_k] row of y
+  const int32_t *first, *end;  // rows of y that are added: *first .. *end; the others are another rank's
+  const float* plus;           // [rows, n] or nullptr
+  const float* gate;           // [rows] or nullptr: `plus` as it is
   int64_t rows, top_k, n;
   float* out;  // [rows, n]
 };

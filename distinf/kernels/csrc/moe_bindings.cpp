@@ -43,11 +43,14 @@ void route_rows(Runtime& rt, uintptr_t logits, uintptr_t bias, int64_t rows, int
   rt.execute([=](const Worker& w) { route(w, args); });
 }
 
-// out[place[i]] = x[i / top_k], rows of `bytes`
-void expert_rows(Runtime& rt, uintptr_t x, uintptr_t place, int64_t rows, int64_t top_k, int64_t bytes, uintptr_t out) {
+// out[place[i]] = x[i / top_k], rows of `bytes`, for places *first .. *end
+void expert_rows(Runtime& rt, uintptr_t x, uintptr_t place, uintptr_t first, uintptr_t end, int64_t rows, int64_t top_k,
+                 int64_t bytes, uintptr_t out) {
   rt.execute([=](const Worker& w) {
     for (int64_t i = w.begin(rows * top_k); i < w.end(rows * top_k); i++) {
-      std::memcpy(at<char>(out) + at<const int32_t>(place)[i] * bytes, at<const char>(x) + i / top_k * bytes, bytes);
+      const int64_t to = at<const int32_t>(place)[i];
+      if (to < *at<const int32_t>(first) || to >= *at<const int32_t>(end)) continue;
+      std::memcpy(at<char>(out) + to * bytes, at<const char>(x) + i / top_k * bytes, bytes);
     }
   });
 }
@@ -76,11 +79,13 @@ void expert_linear(Runtime& rt, uintptr_t x, const std::vector<Weight>& experts,
   });
 }
 
-void expert_sum(Runtime& rt, uintptr_t y, uintptr_t weights, uintptr_t place, uintptr_t plus, uintptr_t gate,
-                int64_t rows, int64_t top_k, int64_t n, uintptr_t out) {
+void expert_sum(Runtime& rt, uintptr_t y, uintptr_t weights, uintptr_t place, uintptr_t first, uintptr_t end,
+                uintptr_t plus, uintptr_t gate, int64_t rows, int64_t top_k, int64_t n, uintptr_t out) {
   const ExpertSumArgs args{at<const float>(y),
                            at<const float>(weights),
                            at<const int32_t>(place),
+                           at<const int32_t>(first),
+                           at<const int32_t>(end),
                            at<const float>(plus),
                            at<const float>(gate),
                            rows,
