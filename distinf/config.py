@@ -77,7 +77,7 @@ class ModelConfig:
     vocab: int
     max_positions: int  # context length, tokens
     norm_eps: float
-    rope: RopeConfig | None  # None: learned positions
+    rope: RopeConfig | None  # None: learned positions, or slopes
     tie_embeddings: bool = False
     eos_ids: tuple[int, ...] = ()
     # Layers
@@ -96,6 +96,7 @@ class ModelConfig:
     local_rope: RopeConfig | None = None  # of the layers that have a window; None: like the others
     score_scale: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
     score_softcap: float = 0.0  # c: scores become c tanh(score / c); 0: as they are
+    alibi_scale: float = 0.0  # of the heads' slopes (distinf.models.alibi); 0: none
     # The two ends
     embed_scale: float = 1.0
     unit_head: bool = False  # the head's rows are divided by their length

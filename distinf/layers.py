@@ -116,6 +116,7 @@ class Attention:
     window: int = 0  # keys a token sees, itself included; 0: all
     scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     softcap: float = 0.0  # of the scores; 0: none
+    slopes: torch.Tensor | None = None  # fp32, of this rank's heads; see Kernels.attention
     q_norm: HeadNorm | None = None
     k_norm: HeadNorm | None = None
 
@@ -136,7 +137,7 @@ class Attention:
         self.kernels.kv_append_(qkv[:, n : n + n_kv], qkv[:, n + n_kv :], cache, batch)
         offset = self.heads.start - self.kv_heads.start * self.group_size
         attended = self.kernels.attention(
-            qkv[:, :n], cache, batch, self.group_size, offset, self.window, self.scale, self.softcap
+            qkv[:, :n], cache, batch, self.group_size, offset, self.window, self.scale, self.softcap, self.slopes
         )
         return attended.flatten(1)
 

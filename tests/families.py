@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.models.falcon import modeling_falcon
 
 from distinf import LLM, SamplingParams
 from distinf.config import ModelConfig
@@ -32,6 +35,8 @@ DEEPSEEK: dict[str, Any] = {
     "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 32, "n_routed_experts": 8, "n_shared_experts": 2,
     "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1,
 }  # fmt: skip
+FALCON_RW: dict[str, Any] = {"num_attention_heads": 6, "multi_query": False, "parallel_attn": False, "bias": True,
+                             "alibi": True, "attn_implementation": "sdpa"}  # the eager one adds the slopes twice  # fmt: skip
 NEOX: dict[str, Any] = {**COMMON, "intermediate_size": 176}
 OPT: dict[str, Any] = {**COMMON, "ffn_dim": 176, "word_embed_proj_dim": 96, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {"n_embd": 96, "n_head": 3, "n_layer": 3, "n_positions": 512, "vocab_size": VOCAB,
@@ -60,7 +65,7 @@ def make(name: str, base: dict[str, Any] = LLAMA, head: str = "ForCausalLM", **f
     """Recipe of transformers' `name`, with these fields of its config besides those of `base`."""
 
     def recipe(directory: Path) -> Any:
-        config = getattr(transformers, name + "Config")(**{**base, **fields}, attn_implementation="eager")
+        config = getattr(transformers, name + "Config")(**{"attn_implementation": "eager", **base, **fields})
         model = randomised(getattr(transformers, name.removesuffix("Text") + head)(config))
         model.save_pretrained(directory)
         return model
@@ -68,9 +73,67 @@ def make(name: str, base: dict[str, Any] = LLAMA, head: str = "ForCausalLM", **f
     return recipe
 
 
-def baichuan(directory: Path) -> Any:
+class NoRotation(nn.Module):
+    """Cosines and sines of no angle."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+
+
+class Sloped(nn.Module):
+    """A Llama of three heads with slopes instead of rotated heads."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        model.model.rotary_emb = NoRotation()
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        positions = torch.arange(ids.shape[1])
+        distance = positions - positions[:, None]
+        slopes = 2.0 ** torch.tensor([-4, -8, -2])  # of two heads, and the first of four
+        bias = (slopes[:, None, None] * distance).masked_fill(distance > 0, -math.inf)
+        return self.model(ids, attention_mask=bias[None])
+
+
+class ExactSlopes(nn.Module):
+    """transformers rounds slope times position to bf16, which from 257 positions on is another model than trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        rounded = modeling_falcon.build_alibi_tensor
+
+        def exact(mask: torch.Tensor, n_heads: int, dtype: torch.dtype) -> torch.Tensor:
+            slopes = rounded(torch.ones(1, 2, dtype=torch.long), n_heads, dtype)[..., 1:]  # powers of two
+            return slopes * torch.arange(mask.shape[1])
+
+        with mock.patch.object(modeling_falcon, "build_alibi_tensor", exact):
+            return self.model(ids)
+
+
+def falcon_rw(directory: Path) -> Any:
+    return ExactSlopes(make("Falcon", COMMON, **FALCON_RW)(directory))
+
+
+def baichuan_7b(directory: Path) -> Any:
     """No class of transformers': a Llama whose head's rows have length 1, written as Baichuan 2 keeps it."""
-    config = transformers.LlamaConfig(**{**LLAMA, "num_key_value_heads": 3, "head_dim": 32})
+    model = baichuan(directory, {"max_position_embeddings": 512, "z_loss_weight": 0})
+    model.lm_head.weight.data = nn.functional.normalize(model.lm_head.weight.data)
+    return model
+
+
+def baichuan_13b(directory: Path) -> Any:
+    """The first release's."""
+    return Sloped(baichuan(directory, {}))
+
+
+def baichuan(directory: Path, entries: dict[str, Any]) -> Any:
+    config = transformers.LlamaConfig(
+        **{**LLAMA, "num_key_value_heads": 3, "head_dim": 32}, attn_implementation="eager"
+    )
     model = randomised(transformers.LlamaForCausalLM(config))
     tensors = {k: v.clone() for k, v in model.state_dict().items()}  # the head's rows of any length
     for i in range(config.num_hidden_layers):
@@ -78,10 +141,9 @@ def baichuan(directory: Path) -> Any:
         parts = [tensors.pop(f"{attention}{p}_proj.weight") for p in "qkv"]
         tensors[attention + "W_pack.weight"] = torch.cat(parts)
     save_file(tensors, directory / "model.safetensors")
-    model.lm_head.weight.data = nn.functional.normalize(model.lm_head.weight.data)
-    fields = {k: v for k, v in COMMON.items() if k != "tie_word_embeddings"}
+    fields = {k: v for k, v in COMMON.items() if k not in ("tie_word_embeddings", "max_position_embeddings")}
     fields |= {"model_type": "baichuan", "intermediate_size": 176, "rms_norm_eps": config.rms_norm_eps,
-               "hidden_act": "silu", "z_loss_weight": 0, "model_max_length": 512}  # fmt: skip
+               "hidden_act": "silu", "model_max_length": 512, **entries}  # fmt: skip
     (directory / "config.json").write_text(json.dumps(fields))
     return model
 
@@ -136,10 +198,11 @@ RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
         "new": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=2, new_decoder_architecture=True, bias=True),
         "new, one norm": make("Falcon", COMMON, num_attention_heads=6, num_kv_heads=3, new_decoder_architecture=True,
                               num_ln_in_parallel_attn=1),
+        "slopes": falcon_rw,
     },
     "glm": {"plain": make("Glm", attention_bias=True, partial_rotary_factor=0.5)},
     "glm4": {"plain": make("Glm4", partial_rotary_factor=0.5)},
-    "baichuan": {"7b": baichuan},
+    "baichuan": {"7b": baichuan_7b, "13b": baichuan_13b},
     "phi3": {
         "partial": make("Phi3", partial_rotary_factor=0.8, sliding_window=60),
         "longrope": make("Phi3", head_dim=16, num_attention_heads=6, num_key_value_heads=2, rope_parameters=LONGROPE,

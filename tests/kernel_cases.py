@@ -328,10 +328,11 @@ def check_attention(
     kv_dtype: torch.dtype,
     scale: float | None = None,
     softcap: float = 0.0,
+    slope: float = 0.0,
 ) -> None:
     """Sequences of `lengths` tokens, the last `new` of each being this step's rows; the earlier ones are cached.
 
-    `heads` query heads starting `offset` into their group. What was never written is NaN and may not be seen.
+    `slope` is the last head's, and a part of it each other one's. `heads` query heads starting `offset` into their group. What was never written is NaN and may not be seen.
     """
     torch.manual_seed(sum(lengths) + head_dim)
     kv_heads = (offset + heads - 1) // group + 1
@@ -353,10 +354,10 @@ def check_attention(
         qkv = torch.randn(len(batch.positions), heads + 2 * kv_heads, head_dim).bfloat16()
         kernels.kv_append_(qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :], cache, batch)
     q = qkv[:, :heads]
-    how = group, offset, window, scale, softcap
+    how = group, offset, window, scale, softcap, torch.linspace(0, slope, heads + 1)[1:] if slope else None
     expected = _reference(torch.float32).attention(q.float(), cache, batch, *how)
     y = kernels.attention(q, cache, batch, *how)
-    tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window, scale)
+    tolerance = BF16_ULP * expected.abs() + attention_error(q, cache, max(lengths), window, scale, slope)
     rounding = _rounding_of_weights(kernels, max(new) * min(group, heads))
     if rounding:
         sizes = replace(cache, v=cache.v.abs())
@@ -365,14 +366,16 @@ def check_attention(
     assert torch.equal(kernels.attention(q, cache, batch, *how), y), "not the same twice"
 
 
-def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int, scale: float | None) -> float:
+def attention_error(
+    q: torch.Tensor, cache: LayerCache, length: int, window: int, scale: float | None, slope: float
+) -> float:
     """Fp32 error of a mean of values, weighted by e^score, in any order of summation; for each of two results.
 
     A score is a sum of head_dim products: (head_dim + 2) units of |q| |k| times the scale, by Cauchy and Schwarz
     above the sum of the products' magnitudes. It moves its weight by as much, relatively, and the mean of values
     by at most twice that of the largest |v|; exp, the sums over keys and the factors of each block's running
     maximum add a few units a key. A soft cap is a tanh whose error is a few units of the cap, which is below the
-    largest score where it matters.
+    largest score where it matters. A slope times a distance is rounded, and so is the sum.
     """
     k, v = (
         torch.nan_to_num(x.float() if scale is None else x * scale[..., None])
@@ -380,7 +383,8 @@ def attention_error(q: torch.Tensor, cache: LayerCache, length: int, window: int
     )
     head_dim, keys = q.shape[-1], min(length, window or length)
     score = float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max()) * (scale or 1 / math.sqrt(head_dim))
-    return 2 * (2 * (head_dim + 2) * score + 3 * keys) * FP32_UNIT * float(v.abs().max())
+    units = 2 * (head_dim + 2) * score + 3 * keys + 2 * 2 * slope * length
+    return 2 * units * FP32_UNIT * float(v.abs().max())
 
 
 def check_causality(kernels: Any, kv_dtype: torch.dtype) -> None:
@@ -454,6 +458,9 @@ ATTENTION_CASES: list[dict[str, Any]] = [
     # Gemma's.
     dict(lengths=[150, 64], new=[40, 1], heads=4, group=2, offset=0, head_dim=48, window=33, scale=0.3, softcap=5.0),
     dict(lengths=[400, 90, 9, 130], new=[1, 80, 1, 130], heads=5, group=4, offset=3, head_dim=64, window=0),
+    # Slopes of heads that begin within a group, in a prompt's later part and beside it; a token's long history.
+    dict(lengths=[150, 64], new=[40, 1], heads=5, group=3, offset=2, head_dim=48, window=0, slope=0.3),
+    dict(lengths=[700], new=[1], heads=3, group=1, offset=0, head_dim=64, window=500, slope=0.01),
     # Most queries that attention_amx.cpp leaves to vectors, and fewest that it does not.
     dict(lengths=[100], new=[8], heads=1, group=1, offset=0, head_dim=64, window=0),
     dict(lengths=[100], new=[9], heads=1, group=1, offset=0, head_dim=64, window=40),

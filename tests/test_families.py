@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from distinf import LLM, SamplingParams
 from distinf.engine import Sequence
 from distinf.models import families, family
+from distinf.models.alibi import slopes
 from distinf.weights.hf_config import read_config_json
 from tests.families import CASES, NEW_TOKENS, RECIPES, bf16_tolerance, prompt_of, steps_of
 
@@ -43,6 +45,14 @@ def test_ropes_that_depend_on_the_length(name: str, case: str, tmp_path: Path) -
     )
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
     assert LLM(str(tmp_path), dtype="fp32").generate([prompt], params)[0].token_ids == out[0, 130:].tolist()
+
+
+def test_slopes_of_any_number_of_heads() -> None:
+    """Of eight as in the paper; transformers' are rounded to bf16."""
+    assert slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    for n in range(1, 73):
+        theirs = build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), n, torch.float32)[:, 0, 1]
+        torch.testing.assert_close(slopes(n), theirs, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("name", families())

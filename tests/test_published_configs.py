@@ -111,6 +111,15 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
         **sizes(4096, 11008, 32, 32, 32, 125696, 4096), "model_type": "baichuan", "_from_model_config": True,
         "auto_map": {"AutoConfig": "x"}, "model_max_length": 4096, "rms_norm_eps": 1e-6, "z_loss_weight": 0,
         "num_key_value_heads": None, "pad_token_id": 0}, 7.51),
+    "Baichuan2-13B-Chat": ({
+        **sizes(5120, 13696, 40, 40, 40, 125696, 4096), "model_type": "baichuan", "_from_model_config": True,
+        "auto_map": {"AutoConfig": "x"}, "max_position_embeddings": None, "model_max_length": 4096,
+        "rms_norm_eps": 1e-6, "num_key_value_heads": None, "pad_token_id": 0}, 13.9),
+    "falcon-rw-1b": ({
+        "model_type": "falcon", "alibi": True, "apply_residual_connection_post_layernorm": False, "bias": True,
+        "hidden_dropout": 0.0, "hidden_size": 2048, "layer_norm_epsilon": 1e-5, "multi_query": False,
+        "new_decoder_architecture": False, "num_attention_heads": 32, "num_hidden_layers": 24, "parallel_attn": False,
+        "vocab_size": 50304, "tie_word_embeddings": None, "hidden_act": None}, 1.31),
     "DeepSeek-V2-Lite": ({
         **sizes(2048, 10944, 27, 16, 16, 102400, 163840), "model_type": "deepseek_v2", "attention_bias": False,
         "aux_loss_alpha": 0.001, "first_k_dense_replace": 1, "kv_lora_rank": 512, "moe_intermediate_size": 1408,

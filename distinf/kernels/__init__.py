@@ -162,12 +162,15 @@ class Kernels(Protocol):
         window: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal softmax(scale q k^T) v over the cache: q [T, heads, head_dim] -> same shape.
 
         `group` query heads of the whole model share a KV head; local head h reads local KV head
         (group_offset + h) // group. `window` > 0 limits a row to its last `window` positions. `scale` None is
-        1 / sqrt(head_dim). `softcap` c > 0 makes a score s c tanh(s / c) (Gemma 2, arXiv 2408.00118).
+        1 / sqrt(head_dim). `softcap` c > 0 makes a score s c tanh(s / c) (Gemma 2, arXiv 2408.00118). `slopes`
+        fp32 [heads] then lower it by the head's slope for each position from the key to the row (ALiBi, Press et al.,
+        arXiv 2108.12409).
         """
 
     def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:

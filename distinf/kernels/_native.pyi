@@ -120,6 +120,7 @@ class Runtime:
         window: int,
         scale: float,
         softcap: float,
+        slopes: int,
         cache: Cache,
         batch: Batch,
     ) -> None: ...

@@ -189,10 +189,11 @@ class IpexKernels(ReferenceKernels):
         window: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # Its kernel for several rows takes a window of one for none at all.
-        if cache.k_scale is not None or window == 1 or softcap:
-            return super().attention(q, cache, batch, group, group_offset, window, scale, softcap)
+        if cache.k_scale is not None or window == 1 or softcap or slopes is not None:
+            return super().attention(q, cache, batch, group, group_offset, window, scale, softcap, slopes)
         out = torch.empty(q.shape, dtype=self.act_dtype)
         sequences, rows = batch.sequence.unique_consecutive(return_counts=True)
         table = batch.block_table[sequences]

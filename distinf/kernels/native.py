@@ -340,14 +340,17 @@ class NativeKernels:
         window: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows, heads, head_dim = q.shape
+        assert slopes is None or (slopes.dtype == FP32 and slopes.shape == (heads,) and slopes.is_contiguous())
         assert q.dtype == BF16 and _heads_adjacent(q) and head_dim == cache.k.shape[3]
         assert (group_offset + heads - 1) // group < cache.k.shape[1], "a query head without its KV head"
         out = self._new(rows, heads, head_dim)
         self._rt.attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), heads, group, group_offset, window,
-            1 / math.sqrt(head_dim) if scale is None else scale, softcap, _cache_args(cache), _batch_args(batch),
+            1 / math.sqrt(head_dim) if scale is None else scale, softcap, _address(slopes),
+            _cache_args(cache), _batch_args(batch),
         )  # fmt: skip
         return out
 

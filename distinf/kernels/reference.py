@@ -162,6 +162,7 @@ class ReferenceKernels:
         window: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
         kv_head = (group_offset + torch.arange(q.shape[1])) // group
@@ -178,6 +179,8 @@ class ReferenceKernels:
             scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) * scale
             if softcap:
                 scores = softcap * (scores / softcap).tanh()
+            if slopes is not None:
+                scores -= slopes[:, None, None] * distance
             probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
             out[rows] = (probs @ v).transpose(0, 1).to(self.act_dtype)
         return out

@@ -18,7 +18,7 @@ from distinf.models.params import Param, Weights
 from distinf.shard import Shard
 
 # What families are made of.
-_NOT_FAMILIES = {"blocks", "decoder", "fields", "moe", "params", "rope"}
+_NOT_FAMILIES = {"alibi", "blocks", "decoder", "fields", "moe", "params", "rope"}
 
 
 class Model(Protocol):

@@ -1,4 +1,7 @@
-"""Baichuan and Baichuan 2, 7B (Yang et al., arXiv 2309.10305): Llama's layout with one tensor for query, key, value."""
+"""Baichuan and Baichuan 2 (Yang et al., arXiv 2309.10305): Llama's layout with one tensor for query, key, value.
+
+The 7B models rotate their heads, the 13B ones have slopes (ALiBi).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,22 @@ from distinf.models.phi3 import fused_qkv
 
 __all__ = ["build", "config_from_hf", "params"]
 
+_HIDDEN_13B = 5120
+_SECOND_VOCAB = 125696
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """See distinf.models.Family. Refuses the 13B models: they have ALiBi instead of rotated heads."""
+    """See distinf.models.Family."""
 
     def read(fields: Fields) -> ModelConfig:
-        if fields.integer("max_position_embeddings", default=0) == 0:  # only the 7B models' files have it
-            raise ValueError("config: 'max_position_embeddings' is missing; Baichuan 13B, with ALiBi, is not supported")
-        fields.get("model_max_length", default=None)
-        # The second release has both a loss on the size of its logits and a head of unit rows.
-        second = fields.get("z_loss_weight", default=None) is not None
         hidden, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        # The second release has a loss on the size of its logits, a larger vocabulary, and a head of unit rows.
+        second = fields.get("z_loss_weight", default=None) is not None or fields.integer("vocab_size") == _SECOND_VOCAB
+        # Nothing in config.json says so; this entry is in the 7B models' files only.
+        sloped = fields.integer("max_position_embeddings", default=0) == 0 or hidden == _HIDDEN_13B
+        positions = fields.integer("model_max_length", "max_position_embeddings", default=0)
+        if sloped:
+            return llama_config(fields, rope=None, alibi_scale=1.0, max_positions=positions, unit_head=second)
         rope = rope_config(fields, hidden // n_heads, theta=10000.0)
         return llama_config(fields, rope=rope, unit_head=second)
 

@@ -26,6 +26,7 @@ from distinf.layers import (
     RMSNorm,
     RowParallelLinear,
 )
+from distinf.models import alibi
 from distinf.models.blocks import Block
 from distinf.models.params import Weights
 from distinf.models.rope import Rotary
@@ -116,9 +117,15 @@ class Parts:
             window=window,
             scale=config.score_scale,
             softcap=config.score_softcap,
+            slopes=self._slopes(),
             q_norm=head_norm("q_norm"),
             k_norm=head_norm("k_norm"),
         )
+
+    def _slopes(self) -> torch.Tensor | None:
+        heads = self.shard.q_heads
+        scale = self.config.alibi_scale
+        return scale * alibi.slopes(self.config.n_heads)[heads.start : heads.stop] if scale else None
 
     def latent_attention(self, layer: int) -> LatentAttention:
         """Multi-head latent attention of a layer."""

@@ -1,13 +1,17 @@
-"""Falcon (Almazrouei et al., arXiv 2311.16867): attention beside the MLP, one KV head or one for each group."""
+"""Falcon (Almazrouei et al., arXiv 2311.16867): attention beside the MLP, one KV head or one for each group.
+
+falcon-rw has them behind one another, a KV head for each head, and slopes (ALiBi) instead of rotated heads.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from distinf.config import ModelConfig
 from distinf.models.fields import Fields, read_config
-from distinf.models.llama import llama_config, rope_config
+from distinf.models.llama import context_length, llama_config, rope_config
 from distinf.models.opt import build
 from distinf.models.params import Param, Source, layer_norm
 
@@ -15,27 +19,30 @@ __all__ = ["build", "config_from_hf", "params"]
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """See distinf.models.Family. Those with ALiBi instead of rotated heads (falcon-rw) are refused."""
+    """See distinf.models.Family."""
 
     def read(fields: Fields) -> ModelConfig:
-        fields.expect("alibi", False)
-        fields.expect("parallel_attn", True)
         fields.expect("apply_residual_connection_post_layernorm", False)
         hidden, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         grouped, multi_query = fields.flag("new_decoder_architecture"), fields.flag("multi_query", True)
         groups = fields.integer("num_kv_heads", "n_head_kv", default=n_heads)
         norms = fields.integer("num_ln_in_parallel_attn", default=2)
-        bias = fields.flag("bias")
+        beside, bias = fields.flag("parallel_attn", True), fields.flag("bias")
+        rope = rope_config(fields, hidden // n_heads, theta=10000.0, max_positions=2048)
+        alibi = fields.flag("alibi")
         return llama_config(
             fields,
             tied=True,
             ffn=fields.integer("ffn_hidden_size", default=4 * hidden),
             n_kv_heads=groups if grouped else 1 if multi_query else n_heads,
             norm_eps=fields.number("layer_norm_epsilon"),
-            rope=rope_config(fields, hidden // n_heads, theta=10000.0, max_positions=2048),
+            rope=None if alibi else rope,
+            # It adds the slopes to scores that are not scaled yet.
+            alibi_scale=1 / math.sqrt(hidden // n_heads) if alibi else 0.0,
+            max_positions=context_length(rope),
             act=fields.activation("activation", default="gelu"),
             layer_norm=True,
-            parallel_norms=norms if grouped else 1,
+            parallel_norms=norms if grouped else int(beside),
             qkv_bias=bias,
             o_bias=bias,
             mlp_bias=bias,
@@ -76,11 +83,10 @@ def layer_params(source: str, name: str, config: ModelConfig) -> list[Param]:
     o = Source(source + "self_attention.dense.weight", (hidden, hidden))
     up = Source(source + "mlp.dense_h_to_4h.weight", (ffn, hidden), "ffn")
     down = Source(source + "mlp.dense_4h_to_h.weight", (hidden, ffn))
-    norms = {"input_norm": "ln_attn", "post_norm": "ln_mlp"}
-    if config.parallel_norms == 1:
-        norms = {"input_norm": "input_layernorm"}
+    names = (("input_layernorm", "post_attention_layernorm"), ("input_layernorm",), ("ln_attn", "ln_mlp"))
+    norms = zip(("input_norm", "post_norm"), names[config.parallel_norms], strict=False)
     return [
-        *(p for ours, theirs in norms.items() for p in layer_norm(name + ours, source + theirs, hidden)),
+        *(p for ours, theirs in norms for p in layer_norm(name + ours, source + theirs, hidden)),
         Param(name + "qkv", "linear", qkv, bias=config.qkv_bias),
         Param(name + "o", "linear", (o,), columns="q_heads", bias=config.o_bias),
         Param(name + "up", "linear", (up,), bias=config.mlp_bias),

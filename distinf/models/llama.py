@@ -33,7 +33,7 @@ def llama_config(fields: Fields, tied: bool = False, **more: Any) -> ModelConfig
     """
     hidden, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", default=hidden // n_heads)
-    rope = more.pop("rope", None) or rope_config(fields, head_dim)
+    rope = more.pop("rope") if "rope" in more else rope_config(fields, head_dim)
     return ModelConfig(
         **{
             "model_type": fields.get("model_type"),
@@ -44,7 +44,7 @@ def llama_config(fields: Fields, tied: bool = False, **more: Any) -> ModelConfig
             "n_kv_heads": fields.integer("num_key_value_heads", default=n_heads),
             "head_dim": head_dim,
             "vocab": fields.integer("vocab_size"),
-            "max_positions": context_length(rope),
+            "max_positions": more.get("max_positions") or context_length(rope),
             "norm_eps": more.get("norm_eps") or fields.number("rms_norm_eps"),
             "rope": rope,
             "tie_embeddings": fields.flag("tie_word_embeddings", tied),

@@ -186,6 +186,12 @@ inline void cap_scores(float* scores, float cap) {
   for (int64_t i = 0; i < kBlockSize; i += kLanes) store(scores + i, soft_capped(load(scores + i), cap));
 }
 
+// scores[key] += slope * its distance from the query, which is not above 0 where the query sees the key
+inline void add_distances(float* scores, float slope, int64_t first_distance) {
+  const int32_t first = static_cast<int32_t>(first_distance);
+  for (int32_t i = 0; i < kBlockSize; i++) scores[i] += slope * static_cast<float>(first + i);
+}
+
 // acc[R] = acc * keep + weights . values over some keys of a block, C vectors of columns at once. Several are whole:
 // a test for the end of the row in the inner loop would keep them out of registers.
 template <int R, int C, class T, class Ask>
@@ -238,6 +244,7 @@ inline void weigh_queries(const AttentionScratch& s, const Block<T>& block, int6
   float totals[kLanes];
   for (int64_t r = 0; r < count; r++) {
     if (s.softcap) cap_scores(scores[r], s.softcap);
+    if (s.slopes) add_distances(scores[r], s.slope[query + r], block.first - (s.end_key[query + r] - 1));
     const Span seen{block.at(s.first_key[query + r]), block.at(s.end_key[query + r])};
     const float peak = weigh(scores[r], seen, part.max[query + r], s.v_scale, &totals[r]);
     drop[r] = part.max[query + r] - peak;
@@ -315,11 +322,13 @@ inline void start_tile(const AttentionArgs& args, const BatchArgs& batch, const 
                        AttentionScratch& s, Partial& part) {
   const int64_t stride = query_stride(d);
   s.softcap = args.softcap;
+  s.slopes = args.slopes != nullptr;
   for (int64_t i = 0; i < tile.count; i++) {
     const int64_t row = tile.row_of(i);
     const Span seen = seen_by(args, batch, row);
     s.first_key[i] = seen.begin;
     s.end_key[i] = seen.end;
+    s.slope[i] = args.slopes ? args.slopes[tile.head_of(i)] : 0;
     std::copy_n(args.q + row * args.q_stride + tile.head_of(i) * d, d, s.q + i * stride);
     std::fill_n(s.q + i * stride + d, stride - d, bf16{0});
     part.max[i] = std::numeric_limits<float>::lowest();  // finite: the difference of two is no NaN

@@ -174,12 +174,13 @@ void kv_append(Runtime& rt, uintptr_t k, uintptr_t v, int64_t stride, const Cach
 }
 
 void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t q_heads, int64_t group,
-               int64_t group_offset, int64_t window, float scale, float softcap, const CacheArgs& cache,
-               const BatchArgs& batch) {
+               int64_t group_offset, int64_t window, float scale, float softcap, uintptr_t slopes,
+               const CacheArgs& cache, const BatchArgs& batch) {
   if (cache.head_dim > kMaxHeadDim) throw std::invalid_argument("attention: head_dim above 576");
   rt.reserve_scratch(rt.team.size() * sizeof(AttentionScratch));
-  const AttentionArgs args{at<const bf16>(q), q_stride, at<bf16>(out), q_heads, group,
-                           group_offset,      window,   scale,         softcap, nullptr};
+  const AttentionArgs args{
+      at<const bf16>(q),       q_stride, at<bf16>(out), q_heads, group, group_offset, window, scale, softcap,
+      at<const float>(slopes), nullptr};
   rt.execute([=, &rt](const Worker& w) {
     AttentionArgs with_scratch = args;
     with_scratch.scratch = reinterpret_cast<AttentionScratch*>(rt.scratch());

@@ -92,11 +92,13 @@ struct alignas(64) AttentionScratch {
   Partial own;           // of the tile at work; in the end of the one that later threads go on with
   bf16 q[kTileQueries * kMaxHeadDim];
   int64_t first_key[kTileQueries], end_key[kTileQueries];  // positions that each query sees
+  float slope[kTileQueries];                               // of each query's head; 0 without slopes
   bf16 k_rows[kBlockSize * kMaxHeadDim];                   // int8 keys made bf16
   bf16 k_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 2][kBlockSize][2]
   bf16 v_pairs[kBlockSize * kMaxHeadDim];                  // [head_dim / 64][kBlockSize / 2][64][2], for AMX
   float k_scale[kBlockSize], v_scale[kBlockSize];
   float softcap;  // of AttentionArgs
+  bool slopes;    // whether they are given there
 };
 
 struct AttentionArgs {
@@ -109,6 +111,7 @@ struct AttentionArgs {
   int64_t window;        // keys a row may see, itself included; 0: all
   float scale;
   float softcap;              // c: a score s becomes c tanh(s / c); 0: as it is
+  const float* slopes;        // [q_heads] a score rises by this a position; nullptr: none
   AttentionScratch* scratch;  // one for each thread
 };
 
