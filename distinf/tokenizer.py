@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,23 +48,38 @@ def _faster_gguf() -> Iterator[None]:
         gguf.GGUFReader = original
 
 
+def _own_code(model: Path) -> str:
+    """What a directory's tokenizer is when it is code that comes with the checkpoint; "" when it is data."""
+    try:
+        classes = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]["AutoTokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    name = classes if isinstance(classes, str) else next(filter(None, classes), "")
+    return (
+        f"tokenizer_config.json asks for {name}, code that comes with the checkpoint and is never run; "
+        "expected a tokenizer.json and a tokenizer_class of transformers', or --token-ids instead of text"
+    )
+
+
 class Tokenizer:
     """The checkpoint's own tokenizer and chat template."""
 
     def __init__(self, model: Path) -> None:
-        """Raises ValueError naming the path when it holds no tokenizer."""
+        """Raises ValueError naming the path when it holds no tokenizer, or one that is code."""
         from transformers import AutoTokenizer, logging  # seconds to import: not before it is needed
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        of_files: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # else it asks on stdin
         try:
             if model.is_file():
                 with _faster_gguf():
-                    self._tokenizer: Any = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+                    self._tokenizer: Any = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name, **of_files)
             else:
-                self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+                self._tokenizer = AutoTokenizer.from_pretrained(model, **of_files)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{model}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+            reason = _own_code(model) or str(error).splitlines()[0]
+            raise ValueError(f"{model}: no usable tokenizer ({reason})") from None
 
     def encode(self, text: str, chat: bool) -> list[int]:
         """Ids of a text; with `chat`, of the text as a user's message in the checkpoint's template.

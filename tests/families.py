@@ -148,6 +148,41 @@ def baichuan(directory: Path, entries: dict[str, Any]) -> Any:
     return model
 
 
+def chatglm(directory: Path) -> Any:
+    """No class of transformers': a GLM in ChatGLM's names."""
+    rope = {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}
+    config = transformers.GlmConfig(
+        **{**LLAMA, "head_dim": 24}, attention_bias=True, rope_parameters=rope, attn_implementation="eager"
+    )
+    model = randomised(transformers.GlmForCausalLM(config))
+    theirs = {
+        "lm_head": "transformer.output_layer", "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.norm": "transformer.encoder.final_layernorm", "model.layers": "transformer.encoder.layers",
+        "self_attn.o_proj": "self_attention.dense", "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h", "self_attn": "self_attention",
+    }  # fmt: skip
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for ours, their in theirs.items():
+            name = name.replace(ours, their)
+        tensors[name] = tensor.clone()
+    for i in range(config.num_hidden_layers):
+        for kind in ("weight", "bias"):
+            attention = f"transformer.encoder.layers.{i}.self_attention."
+            parts = [tensors.pop(f"{attention}{p}_proj.{kind}") for p in "qkv"]
+            tensors[f"{attention}query_key_value.{kind}"] = torch.cat(parts)
+    save_file(tensors, directory / "model.safetensors")
+    fields = {
+        "model_type": "chatglm", "add_bias_linear": False, "add_qkv_bias": True, "ffn_hidden_size": 176,
+        "hidden_size": 96, "kv_channels": 24, "layernorm_epsilon": config.rms_norm_eps, "multi_query_attention": True,
+        "multi_query_group_num": 1, "num_attention_heads": 3, "num_layers": 3, "original_rope": True,
+        "padded_vocab_size": VOCAB, "post_layer_norm": True, "rmsnorm": True, "rope_ratio": 5, "seq_length": 512,
+        "tie_word_embeddings": False, "eos_token_id": VOCAB - 1,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(fields))
+    return model
+
+
 # model_type -> recipes by a name of their own: each writes a directory and returns the oracle.
 RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
     "llama": {
@@ -202,6 +237,7 @@ RECIPES: dict[str, dict[str, Callable[[Path], Any]]] = {
     },
     "glm": {"plain": make("Glm", attention_bias=True, partial_rotary_factor=0.5)},
     "glm4": {"plain": make("Glm4", partial_rotary_factor=0.5)},
+    "chatglm": {"plain": chatglm},
     "baichuan": {"7b": baichuan_7b, "13b": baichuan_13b},
     "phi3": {
         "partial": make("Phi3", partial_rotary_factor=0.8, sliding_window=60),

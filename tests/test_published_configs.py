@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from distinf.config import RopeConfig
 from distinf.models import family
 
 COMMON: dict[str, Any] = {
@@ -22,6 +23,16 @@ def sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: 
         "num_key_value_heads": kv_heads, "vocab_size": vocab, "max_position_embeddings": positions,
     }  # fmt: skip
 
+
+CHATGLM: dict[str, Any] = {
+    "model_type": "chatglm", "auto_map": {"AutoConfig": "x"}, "add_bias_linear": False, "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
+    "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "ffn_hidden_size": 13696,
+    "fp32_residual_connection": False, "hidden_act": None, "hidden_dropout": 0.0, "hidden_size": 4096,
+    "kv_channels": 128, "multi_query_attention": True, "multi_query_group_num": 2, "num_attention_heads": 32,
+    "original_rope": True, "post_layer_norm": True, "pre_seq_len": None, "prefix_projection": False,
+    "quantization_bit": 0, "rmsnorm": True,
+}  # fmt: skip
 
 # Model -> its entries besides COMMON, and its parameters in thousand million, the head counted once where it is tied.
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
@@ -107,6 +118,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "GLM-4-32B-0414": ({
         **sizes(6144, 23040, 61, 48, 2, 151552, 32768), "model_type": "glm4", "attention_bias": False,
         "head_dim": 128, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}, 32.6),
+    "chatglm2-6b-32k": ({
+        **CHATGLM, "_name_or_path": "THUDM/chatglm2-6b-32k", "layernorm_epsilon": 1e-5, "num_layers": 28,
+        "padded_vocab_size": 65024, "rope_ratio": 50, "seq_length": 32768}, 6.24),
+    "glm-4-9b-chat": ({
+        **CHATGLM, "classifier_dropout": None, "eos_token_id": [151329, 151336, 151338],
+        "layernorm_epsilon": 1.5625e-7, "num_hidden_layers": 40, "num_layers": 40, "padded_vocab_size": 151552,
+        "rope_ratio": 500, "seq_length": 131072, "vocab_size": 151552}, 9.40),
     "Baichuan2-7B-Chat": ({
         **sizes(4096, 11008, 32, 32, 32, 125696, 4096), "model_type": "baichuan", "_from_model_config": True,
         "auto_map": {"AutoConfig": "x"}, "model_max_length": 4096, "rms_norm_eps": 1e-6, "z_loss_weight": 0,
@@ -151,3 +169,19 @@ def test_published_model(model: str) -> None:
     for param in known.params(known.config_from_hf(hf)):
         shapes |= param.shapes()
     assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, rel=0.006)
+
+
+def test_rope_ratio_of_chatglm() -> None:
+    """It multiplies the base, but divides ChatGLM2's positions."""
+    interpolated, raised = (
+        family("chatglm").config_from_hf({**COMMON, **PUBLISHED[name][0]}).rope
+        for name in ("chatglm2-6b-32k", "glm-4-9b-chat")
+    )
+    assert interpolated == RopeConfig(10000.0, 64, {"rope_type": "linear", "factor": 50.0}, 32768)
+    assert raised == RopeConfig(5e6, 64, None, 131072)
+
+
+def test_the_first_chatglm_is_refused() -> None:
+    hf = {**COMMON, "model_type": "chatglm", "position_encoding_2d": True, "inner_hidden_size": 16384}
+    with pytest.raises(ValueError, match="config: position_encoding_2d True is not supported; expected False"):
+        family("chatglm").config_from_hf(hf)

@@ -38,13 +38,14 @@ def params(config: ModelConfig) -> list[Param]:
     return table
 
 
-def fused_qkv(source: str, name: str, config: ModelConfig) -> Param:
-    """Query, key and value behind one another in one tensor."""
+def fused_qkv(source: str, name: str, config: ModelConfig, pairs: int = 0) -> Param:
+    """Query, key and value behind one another in one tensor. `pairs`: see Source."""
+    head_dim = config.head_dim if pairs else 0
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shape = (q + 2 * kv, config.hidden)
     parts = (
-        Source(source, shape, "q_heads", part=range(q)),
-        Source(source, shape, "kv_heads", part=range(q, q + kv)),
+        Source(source, shape, "q_heads", part=range(q), pairs=pairs, head_dim=head_dim),
+        Source(source, shape, "kv_heads", part=range(q, q + kv), pairs=pairs, head_dim=head_dim),
         Source(source, shape, "kv_heads", part=range(q + kv, q + 2 * kv)),
     )
     return Param(name + "qkv", "linear", parts, bias=config.qkv_bias)
