@@ -86,6 +86,8 @@ def test_a_gemm_takes_what_its_bytes_or_its_operations_need() -> None:
     weight = ReferenceKernels(torch.bfloat16, 1).pack(torch.ones(100, 200), FORMATS["bf16"])
     assert rates.gemm_s(1, weight) == pytest.approx(2 * 100 * 200 / 2e9)
     assert rates.gemm_s(1000, weight) == pytest.approx(2 * 1000 * 100 * 200 / 1e11)
+    assert rates.experts_s(3, [weight] * 2) == pytest.approx(2 * rates.gemm_s(1, weight))
+    assert rates.experts_s(3, []) == 0  # all are other ranks'
     assert rates.crossing_s(1000) == pytest.approx(1e-4 + 1e-6)
     assert Rates(2, 0.1).crossing_s(1000) == 0
 

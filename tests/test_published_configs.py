@@ -171,6 +171,15 @@ def test_published_model(model: str) -> None:
     assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, rel=0.006)
 
 
+def test_both_sizes_of_baichuan2_have_a_head_of_unit_rows_and_the_larger_has_slopes() -> None:
+    small, large = (
+        family("baichuan").config_from_hf({**COMMON, **PUBLISHED[f"Baichuan2-{size}-Chat"][0]})
+        for size in ("7B", "13B")
+    )
+    assert small.unit_head and small.rope and not small.alibi_scale
+    assert large.unit_head and not large.rope and (large.alibi_scale, large.max_positions) == (1.0, 4096)
+
+
 def test_rope_ratio_of_chatglm() -> None:
     """It multiplies the base, but divides ChatGLM2's positions."""
     interpolated, raised = (

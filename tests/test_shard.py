@@ -57,6 +57,14 @@ def test_plan_of_smollm2_over_four_ranks() -> None:
     assert all(s.ffn and len(s.ffn) % TILE == 0 and len(s.vocab) % TILE == 0 for s in plan.shards)
 
 
+def test_whole_experts_go_by_ffn_shares_and_a_rank_may_have_none() -> None:
+    plan = ShardPlan.build(4, 2, 128, 64, [0, 3, 1], n_experts=5, expert_ffn=40, shared_ffn=128, whole_experts=True)
+    assert [(s.experts, s.expert_ffn) for s in plan.shards] == [
+        (range(0), range(0)), (range(4), range(40)), (range(4, 5), range(40))
+    ]  # fmt: skip
+    assert [s.shared_ffn for s in plan.shards] == [range(0), range(96), range(96, 128)]
+
+
 def test_more_ranks_than_the_model_can_use() -> None:
     with pytest.raises(ValueError, match=r"5 ranks are more than the model can use: rank \d would hold nothing"):
         ShardPlan.build(2, 1, 64, 128, [1] * 5)
