@@ -49,7 +49,7 @@ def _faster_gguf() -> Iterator[None]:
 
 
 def _own_code(model: Path) -> str:
-    """What a directory's tokenizer is when it is code that comes with the checkpoint; "" when it is data."""
+    """What to say of a directory whose tokenizer_config.json names code of its own; "" of another."""
     try:
         classes = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]["AutoTokenizer"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -78,7 +78,7 @@ class Tokenizer:
             else:
                 self._tokenizer = AutoTokenizer.from_pretrained(model, **of_files)
         except (OSError, ValueError, KeyError) as error:
-            reason = _own_code(model) or str(error).splitlines()[0]
+            reason = ("trust_remote_code" in str(error) and _own_code(model)) or str(error).splitlines()[0]
             raise ValueError(f"{model}: no usable tokenizer ({reason})") from None
 
     def encode(self, text: str, chat: bool) -> list[int]:
