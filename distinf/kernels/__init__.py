@@ -103,7 +103,7 @@ class Kernels(Protocol):
         """
 
     def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> Any:
-        """x . weight^T + bias summed over `ranks`, fp32 [T, n], as rms_norm takes it for `add_`; `settle` gives it out.
+        """x . weight^T + bias summed over `ranks`, fp32 [T, n], as a norm takes it for `add_`; `settle` gives it out.
 
         The sum may be formed only when it is read, so one such result is used up before the next is made.
         """

@@ -274,16 +274,7 @@ class NativeKernels:
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, add_: torch.Tensor | PartialSum | None = None
     ) -> torch.Tensor:
-        assert x.dtype == weight.dtype == FP32 and x.is_contiguous() and weight.shape == x.shape[1:]
-        out = self._new(*x.shape)
-        rest = weight.data_ptr(), out.data_ptr(), *x.shape, eps
-        if isinstance(add_, PartialSum):
-            assert x.shape == (add_.rows, add_.n)
-            self._rt.all_reduce_rms_norm(x.data_ptr(), add_.all_reduce, *rest)
-        else:
-            assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
-            self._rt.rms_norm(x.data_ptr(), _address(add_), *rest)
-        return out
+        return self._norm(x, weight, None, eps, add_)
 
     def layer_norm(
         self,
@@ -293,14 +284,26 @@ class NativeKernels:
         eps: float,
         add_: torch.Tensor | PartialSum | None = None,
     ) -> torch.Tensor:
-        assert x.dtype == weight.dtype == bias.dtype == FP32 and x.is_contiguous()
-        assert weight.shape == bias.shape == x.shape[1:]
-        add_ = None if add_ is None else self.settle(add_)
-        assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
+        return self._norm(x, weight, bias, eps, add_)
+
+    def _norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+        add_: torch.Tensor | PartialSum | None,
+    ) -> torch.Tensor:
+        assert x.dtype == weight.dtype == FP32 and x.is_contiguous() and weight.shape == x.shape[1:]
+        assert bias is None or (bias.dtype == FP32 and bias.shape == weight.shape)
         out = self._new(*x.shape)
-        rows, n = x.shape
-        vectors = weight.data_ptr(), bias.data_ptr()
-        self._rt.layer_norm(x.data_ptr(), _address(add_), *vectors, out.data_ptr(), rows, n, eps)
+        rest = weight.data_ptr(), _address(bias), out.data_ptr(), *x.shape, eps
+        if isinstance(add_, PartialSum):
+            assert x.shape == (add_.rows, add_.n)
+            self._rt.all_reduce_norm(x.data_ptr(), add_.all_reduce, *rest)
+        else:
+            assert add_ is None or (add_.shape == x.shape and add_.dtype == FP32 and add_.is_contiguous())
+            self._rt.norm(x.data_ptr(), _address(add_), *rest)
         return out
 
     def head_norm_(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:

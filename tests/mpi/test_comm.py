@@ -92,7 +92,7 @@ def test_all_reduce_sums_and_every_rank_has_the_same_bits(wired: tuple[Group, st
 @needs_extension
 @pytest.mark.parametrize("rows", [1, 2, 5, 700])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_partial_linear_is_summed_by_settle_and_by_the_norm(wired: tuple[Group, str], rows: int, threads: int) -> None:
+def test_partial_linear_is_summed_by_settle_and_by_the_norms(wired: tuple[Group, str], rows: int, threads: int) -> None:
     """Eagerly and replayed, with changed input: the same bits."""
     group, wire = wired
     k, n = 32, 416
@@ -100,21 +100,25 @@ def test_partial_linear_is_summed_by_settle_and_by_the_norm(wired: tuple[Group, 
     inputs = [x.bfloat16() for x in parts_of(group, rows, k, seed=1)]
     weights = [w.bfloat16() for w in parts_of(group, n, k, seed=2)]
     weight, x = kernels.pack(weights[group.rank], FORMATS["bf16"]), inputs[group.rank].clone()
-    stream, ones = torch.zeros(rows, n), torch.ones(n)
+    stream, second, ones = torch.zeros(rows, n), torch.zeros(rows, n), torch.ones(n)
 
     def forward() -> torch.Tensor:
         kernels.rms_norm(stream, ones, 1e-5, kernels.partial_linear(x, weight, None, group))
+        kernels.layer_norm(second, ones, ones, 1e-5, kernels.partial_linear(x, weight, None, group))
         return kernels.settle(kernels.partial_linear(x, weight, None, group))
 
     step = kernels.record(forward)
-    eager, first = step.result.clone(), stream.clone()
+    eager = step.result.clone()
+    assert torch.equal(stream, eager) and torch.equal(second, eager)
     x.zero_()
     stream.zero_()
-    assert not step.replay().any() and not stream.any()
+    second.zero_()
+    assert not step.replay().any() and not stream.any() and not second.any()
     x.copy_(inputs[group.rank])
     for _ in range(3):
         stream.zero_()
-        assert torch.equal(step.replay(), eager) and torch.equal(stream, first) and torch.equal(first, eager)
+        second.zero_()
+        assert torch.equal(step.replay(), eager) and torch.equal(stream, eager) and torch.equal(second, eager)
     # fp32 products of bf16 numbers: half a unit for each of k additions, far below a wire in bf16.
     exact = [x.double() @ w.double().T for x, w in zip(inputs, weights, strict=True)]
     magnitude = sum(x.double().abs() @ w.double().abs().T for x, w in zip(inputs, weights, strict=True))

@@ -121,32 +121,31 @@ void partial_zeros(Runtime& rt, int64_t n, AllReduce& group) {
   });
 }
 
-void run_rms_norm(const Worker& w, Runtime& rt, RmsNormArgs args) {
-  args.squares = reinterpret_cast<float*>(rt.scratch());
-  rt.kernels.rms_norm(w, args);
+NormArgs norm_args(Runtime& rt, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows, int64_t n,
+                   float eps) {
+  rt.reserve_scratch(norm_scratch_bytes(rt.team.size()));
+  return {at<float>(x), {}, at<const float>(weight), at<const float>(bias), at<bf16>(out), rows, n, eps, nullptr};
 }
 
-void rms_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t out, int64_t rows, int64_t n,
-              float eps) {
-  rt.reserve_scratch(norm_scratch_floats(rt.team.size()) * sizeof(float));
-  RmsNormArgs args{at<float>(x), {}, at<const float>(weight), at<bf16>(out), rows, n, eps, nullptr};
+void run_norm(const Worker& w, Runtime& rt, NormArgs args, const Parts& add) {
+  args.add = add;
+  args.scratch = rt.scratch();
+  (args.bias ? rt.kernels.layer_norm : rt.kernels.rms_norm)(w, args);
+}
+
+void norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows,
+          int64_t n, float eps) {
+  const NormArgs args = norm_args(rt, x, weight, bias, out, rows, n, eps);
   rt.execute([=, &rt](const Worker& w) {
-    RmsNormArgs with_add = args;
     const void* data = at<const void>(add);
-    with_add.add = {&data, add ? 1 : 0, false};
-    run_rms_norm(w, rt, with_add);
+    run_norm(w, rt, args, {&data, add ? 1 : 0, false});
   });
 }
 
-void all_reduce_rms_norm(Runtime& rt, uintptr_t x, AllReduce& group, uintptr_t weight, uintptr_t out, int64_t rows,
-                         int64_t n, float eps) {
-  rt.reserve_scratch(norm_scratch_floats(rt.team.size()) * sizeof(float));
-  RmsNormArgs args{at<float>(x), {}, at<const float>(weight), at<bf16>(out), rows, n, eps, nullptr};
-  rt.execute([=, &rt, &group](const Worker& w) {
-    RmsNormArgs with_add = args;
-    with_add.add = group.exchange(w, rt.kernels, rows * n);
-    run_rms_norm(w, rt, with_add);
-  });
+void all_reduce_norm(Runtime& rt, uintptr_t x, AllReduce& group, uintptr_t weight, uintptr_t bias, uintptr_t out,
+                     int64_t rows, int64_t n, float eps) {
+  const NormArgs args = norm_args(rt, x, weight, bias, out, rows, n, eps);
+  rt.execute([=, &rt, &group](const Worker& w) { run_norm(w, rt, args, group.exchange(w, rt.kernels, rows * n)); });
 }
 
 // The sum of what all ranks have put into their slots.
@@ -185,14 +184,6 @@ void attention(Runtime& rt, uintptr_t q, int64_t q_stride, uintptr_t out, int64_
     AttentionArgs with_scratch = args;
     with_scratch.scratch = reinterpret_cast<AttentionScratch*>(rt.scratch());
     rt.kernels.attention(w, with_scratch, cache, batch);
-  });
-}
-
-void layer_norm(Runtime& rt, uintptr_t x, uintptr_t add, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows,
-                int64_t n, float eps) {
-  rt.execute([=, &rt](const Worker& w) {
-    rt.kernels.layer_norm(w, at<float>(x), at<const float>(add), at<const float>(weight), at<const float>(bias),
-                          at<bf16>(out), rows, n, eps);
   });
 }
 
@@ -283,14 +274,13 @@ PYBIND11_MODULE(_native, m) {
       .def("head_linear", &head_linear, NoLock())
       .def("partial_linear", &partial_linear, NoLock())
       .def("partial_zeros", &partial_zeros, NoLock())
-      .def("rms_norm", &rms_norm)
-      .def("all_reduce_rms_norm", &all_reduce_rms_norm, NoLock())
+      .def("norm", &norm)
+      .def("all_reduce_norm", &all_reduce_norm, NoLock())
       .def("settle", &settle, NoLock())
       .def("all_reduce", &all_reduce, NoLock())
       .def("rope", &rope)
       .def("kv_append", &kv_append)
       .def("attention", &attention, NoLock())
-      .def("layer_norm", &layer_norm)
       .def("head_norm", &head_norm)
       .def("add_rows", &add_rows)
       .def("softcap", &softcap)

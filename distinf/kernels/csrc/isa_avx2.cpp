@@ -17,7 +17,7 @@ namespace {
 #include "elementwise.inl"
 #include "act.inl"
 #include "reduce.inl"
-#include "layer_norm.inl"
+#include "norm.inl"
 #include "nonlinear.inl"
 #include "moe.inl"
 #include "gemm_bf16.inl"
@@ -31,8 +31,8 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx2Kernels = {
-    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::sum_parts,
-    avx2::layer_norm,  avx2::head_norm,        avx2::add_rows,  avx2::rope,
+    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::layer_norm,
+    avx2::sum_parts,   avx2::head_norm,        avx2::add_rows,  avx2::rope,
     avx2::kv_append,   avx2::attention,        avx2::softcap,   avx2::expert_sum,
     avx2::embedding,   avx2::read_stream,      avx2::peak_bf16, avx2::peak_int8,
 };

@@ -18,7 +18,7 @@ namespace {
 #include "elementwise.inl"
 #include "act.inl"
 #include "reduce.inl"
-#include "layer_norm.inl"
+#include "norm.inl"
 #include "nonlinear.inl"
 #include "moe.inl"
 #include "gemm_bf16.inl"
@@ -32,8 +32,8 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Bf16Kernels = {
-    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,  avx512_bf16::sum_parts,
-    avx512_bf16::layer_norm,  avx512_bf16::head_norm,        avx512_bf16::add_rows,  avx512_bf16::rope,
+    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,  avx512_bf16::layer_norm,
+    avx512_bf16::sum_parts,   avx512_bf16::head_norm,        avx512_bf16::add_rows,  avx512_bf16::rope,
     avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::softcap,   avx512_bf16::expert_sum,
     avx512_bf16::embedding,   avx512_bf16::read_stream,      avx512_bf16::peak_bf16, avx512_bf16::peak_int8,
 };

@@ -33,20 +33,23 @@ struct Parts {
   bool bf16;  // else fp32
 };
 
-// x[rows, n] += add (when it has parts), then out = x / rms(x) * weight
-struct RmsNormArgs {
+// x[rows, n] += add (when it has parts), then out = its norm: x / rms(x) * weight, or of layer_norm
+// (x - mean) / deviation * weight + bias
+struct NormArgs {
   float* x;
   Parts add;
   const float* weight;
+  const float* bias;  // nullptr: rms_norm
   bf16* out;
   int64_t rows, n;
   float eps;
-  float* squares;  // norm_scratch_floats(workers)
+  char* scratch;  // norm_scratch_bytes(workers)
 };
 
-// A worker's sums of squares, one for each of fewer rows than workers, lie on cache lines of their own.
-constexpr int64_t norm_scratch_stride(int64_t workers) { return (workers + 15) / 16 * 16; }
-constexpr int64_t norm_scratch_floats(int64_t workers) { return workers * norm_scratch_stride(workers); }
+// What a worker knows of its part of a row, up to three floats, lies on cache lines of its own: for each of fewer rows
+// than workers.
+constexpr int64_t norm_scratch_stride(int64_t workers) { return round_up(workers * 3 * 4, 64); }
+constexpr int64_t norm_scratch_bytes(int64_t workers) { return workers * norm_scratch_stride(workers); }
 
 // Which rows of a step belong to which sequence, and where their keys and values lie.
 struct BatchArgs {
@@ -129,12 +132,10 @@ struct ExpertSumArgs {
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
   void (*linear_quantised)(const Worker&, const LinearArgs&);
-  void (*rms_norm)(const Worker&, const RmsNormArgs&);
+  void (*rms_norm)(const Worker&, const NormArgs&);
+  void (*layer_norm)(const Worker&, const NormArgs&);
   // out[begin .. end] (fp32 or bf16) = sum of the parts. One thread's work.
   void (*sum_parts)(const Parts&, int64_t begin, int64_t end, void* out, bool out_bf16);
-  // The same with a mean taken off and a bias: out = (x - mean) / deviation * weight + bias
-  void (*layer_norm)(const Worker&, float* x, const float* add, const float* weight, const float* bias, bf16* out,
-                     int64_t rows, int64_t n, float eps);
   // x[rows, heads, head_dim] in place: each head / rms * weight
   void (*head_norm)(const Worker&, bf16* x, int64_t stride, const float* weight, int64_t rows, int64_t heads,
                     int64_t head_dim, float eps);
