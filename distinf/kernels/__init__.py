@@ -102,9 +102,12 @@ class Kernels(Protocol):
         u = sqrt(2 / pi) (x + 0.044715 x^3). Hendrycks and Gimpel, arXiv 1606.08415.
         """
 
-    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> Any:
+    def partial_linear(
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks, plus: torch.Tensor | None = None
+    ) -> Any:
         """x . weight^T + bias summed over `ranks`, fp32 [T, n], as a norm takes it for `add_`; `settle` gives it out.
 
+        `plus` fp32 [T, n], this rank's part of another sum, is added before.
         The sum may be formed only when it is read, so one such result is used up before the next is made.
         """
 

@@ -150,10 +150,15 @@ class _Paced:
         self._count(x, self._rates.experts_s(rows, weights))
         return cast(torch.Tensor, self._inner.expert_linear(x, weights, routes, n, out_dtype, act))
 
-    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
+    def partial_linear(
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The sum is formed here, not by who reads it: this rank's part must not be seen before its time."""
         self._count(x, self._rates.gemm_s(len(x), weight))
-        return self.all_reduce_(self._inner.linear(x, weight, bias, torch.float32), ranks)
+        y = self._inner.linear(x, weight, bias, torch.float32)
+        if plus is not None:
+            self._inner.add_(y, plus)
+        return self.all_reduce_(y, ranks)
 
     def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         self._wait(y, (self._inner.act_dtype.itemsize + torch.float32.itemsize) * y.numel())

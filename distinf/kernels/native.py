@@ -245,17 +245,27 @@ class NativeKernels:
         return out
 
     def partial_linear(
-        self, x: torch.Tensor, weight: NativeWeight, bias: torch.Tensor | None, ranks: Ranks
+        self,
+        x: torch.Tensor,
+        weight: NativeWeight,
+        bias: torch.Tensor | None,
+        ranks: Ranks,
+        plus: torch.Tensor | None = None,
     ) -> torch.Tensor | PartialSum:
         rows, n = len(x), weight.n
+        assert plus is None or (plus.dtype == FP32 and plus.shape == (rows, n) and plus.is_contiguous())
         fits = ranks.native is not None and rows * n <= AllReduce.CAPACITY
         if fits and weight.packed:
-            self._rt.partial_linear(x.data_ptr(), x.stride(0), weight.packed, _address(bias), rows, ranks.native)
+            added = _address(bias), _address(plus)
+            self._rt.partial_linear(x.data_ptr(), x.stride(0), weight.packed, *added, rows, ranks.native)
             return PartialSum(rows, n, ranks.native)
-        if fits and bias is None:
+        if fits and bias is None and plus is None:
             self._rt.partial_zeros(rows * n, ranks.native)
             return PartialSum(rows, n, ranks.native)
-        return self.all_reduce_(self.linear(x, weight, bias, FP32), ranks)
+        y = self.linear(x, weight, bias, FP32)
+        if plus is not None:
+            self.add_(y, plus)
+        return self.all_reduce_(y, ranks)
 
     def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         if ranks.native is not None:

@@ -105,8 +105,11 @@ class ReferenceKernels:
         x = quantise_activations(x, digits) if digits and x.numel() else x.float()
         return activated(F.linear(x, weight.data.float(), bias), act, weight.gated).to(out_dtype or self.act_dtype)
 
-    def partial_linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks) -> torch.Tensor:
-        return self.all_reduce_(self.linear(x, weight, bias, torch.float32), ranks)
+    def partial_linear(
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = self.linear(x, weight, bias, torch.float32)
+        return self.all_reduce_(y if plus is None else y + plus, ranks)
 
     def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         ranks.all_reduce_(y)

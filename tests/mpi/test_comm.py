@@ -93,38 +93,46 @@ def test_all_reduce_sums_and_every_rank_has_the_same_bits(wired: tuple[Group, st
 @pytest.mark.parametrize("rows", [1, 2, 5, 700])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_partial_linear_is_summed_by_settle_and_by_the_norms(wired: tuple[Group, str], rows: int, threads: int) -> None:
-    """Eagerly and replayed, with changed input: the same bits."""
+    """Eagerly and replayed, with changed input: the same bits. One of the norms gets another part to add."""
     group, wire = wired
     k, n = 32, 416
     kernels = load("native", "auto", "bf16", Placement((-1,) * threads, oversubscribed=True))
     inputs = [x.bfloat16() for x in parts_of(group, rows, k, seed=1)]
     weights = [w.bfloat16() for w in parts_of(group, n, k, seed=2)]
     weight, x = kernels.pack(weights[group.rank], FORMATS["bf16"]), inputs[group.rank].clone()
-    stream, second, ones = torch.zeros(rows, n), torch.zeros(rows, n), torch.ones(n)
+    ones, plus, plus_sum = torch.ones(n), torch.full((rows, n), group.rank + 1.0), sum(range(group.world_size + 1))
+    streams, norms = (torch.zeros(rows, n), torch.zeros(rows, n)), []
 
     def forward() -> torch.Tensor:
-        kernels.rms_norm(stream, ones, 1e-5, kernels.partial_linear(x, weight, None, group))
-        kernels.layer_norm(second, ones, ones, 1e-5, kernels.partial_linear(x, weight, None, group))
+        norms.append(kernels.rms_norm(streams[0], ones, 1e-5, kernels.partial_linear(x, weight, None, group)))
+        more = kernels.partial_linear(x, weight, None, group, plus)
+        norms.append(kernels.layer_norm(streams[1], ones, ones, 1e-5, more))
         return kernels.settle(kernels.partial_linear(x, weight, None, group))
 
+    def replayed() -> list[torch.Tensor]:
+        for stream in streams:
+            stream.zero_()
+        return [y.clone() for y in (step.replay(), *streams, *norms)]
+
     step = kernels.record(forward)
-    eager = step.result.clone()
-    assert torch.equal(stream, eager) and torch.equal(second, eager)
+    eager = [y.clone() for y in (step.result, *streams, *norms)]
     x.zero_()
-    stream.zero_()
-    second.zero_()
-    assert not step.replay().any() and not stream.any() and not second.any()
+    settled, *sums = replayed()[:3]
+    assert not settled.any() and not sums[0].any() and (sums[1] == plus_sum).all()
     x.copy_(inputs[group.rank])
     for _ in range(3):
-        stream.zero_()
-        second.zero_()
-        assert torch.equal(step.replay(), eager) and torch.equal(stream, eager) and torch.equal(second, eager)
+        assert all(torch.equal(a, b) for a, b in zip(replayed(), eager, strict=True))
+    y, summed, with_plus, *normed = eager
+    assert torch.equal(summed, y)
+    assert torch.equal(normed[0], kernels.rms_norm(summed, ones, 1e-5))
+    assert torch.equal(normed[1], kernels.layer_norm(with_plus, ones, ones, 1e-5))
     # fp32 products of bf16 numbers: half a unit for each of k additions, far below a wire in bf16.
-    exact = [x.double() @ w.double().T for x, w in zip(inputs, weights, strict=True)]
-    magnitude = sum(x.double().abs() @ w.double().abs().T for x, w in zip(inputs, weights, strict=True))
-    unit = (k + 2 + len(exact)) * 2.0**-24 + (3 * 2.0**-8 if wire == "bf16" else 0)
-    assert ((eager.double() - sum(exact)).abs() <= 1.01 * unit * magnitude).all()
-    assert all(torch.equal(other, eager) for other in group.all_gather(eager))
+    exact = sum(x.double() @ w.double().T for x, w in zip(inputs, weights, strict=True))
+    magnitude = sum(x.double().abs() @ w.double().abs().T for x, w in zip(inputs, weights, strict=True)) + plus_sum
+    unit = (k + 3 + group.world_size) * 2.0**-24 + (3 * 2.0**-8 if wire == "bf16" else 0)
+    assert ((y.double() - exact).abs() <= 1.01 * unit * magnitude).all()
+    assert ((with_plus.double() - exact - plus_sum).abs() <= 1.01 * unit * magnitude).all()
+    assert all(torch.equal(other, y) for other in group.all_gather(y))
 
 
 @needs_extension
@@ -133,10 +141,10 @@ def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
     kernels = load("native", "auto", "bf16", Placement((-1,), oversubscribed=True))
     mine = group.rank == group.world_size - 1
     x, w = torch.ones(2, 8 if mine else 0).bfloat16(), torch.ones(32, 8 if mine else 0).bfloat16()
-    for height in (0, 3):
+    for height, plus in ((0, None), (3, None), (3, torch.ones(2, 32))):
         bias = torch.full((32,), float(height)) if height and group.rank == 0 else None
-        y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group))
-        assert torch.equal(y, torch.full((2, 32), 8.0 + height))
+        y = kernels.settle(kernels.partial_linear(x, kernels.pack(w, FORMATS["bf16"]), bias, group, plus))
+        assert torch.equal(y, torch.full((2, 32), 8.0 + height + (group.world_size if plus is not None else 0)))
 
 
 @pytest.mark.parametrize("name", ["mpi", "shm", "ccl"])

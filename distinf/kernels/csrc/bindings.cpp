@@ -102,9 +102,10 @@ void head_linear(Runtime& rt, uintptr_t x, int64_t x_stride, int64_t head_stride
 }
 
 // Into the slot that is next when the operation runs.
-void partial_linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, int64_t m,
-                    AllReduce& group) {
+void partial_linear(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, uintptr_t plus,
+                    int64_t m, AllReduce& group) {
   LinearArgs args = linear_args(rt, x, x_stride, weight, bias, m);
+  args.plus = at<const float>(plus);
   args.out_fp32 = !group.bf16();
   rt.execute([=, &rt, &group](const Worker& w) {
     LinearArgs into_slot = args;

@@ -10,6 +10,7 @@ constexpr int64_t kPrefetchBytes = 4096;
 inline Vec with_bias(const float* bias, Vec y, int64_t i, int64_t n) { return bias ? add(y, load_n(bias, i, n)) : y; }
 
 inline void store_result(const LinearArgs& args, int64_t row, Vec y, int64_t i, int64_t n) {
+  if (args.plus) y = add(y, load_n(args.plus + row * args.out_stride, i, n));
   if (args.out_fp32) {
     store_n(static_cast<float*>(args.out) + row * args.out_stride, y, i, n);
   } else {

@@ -23,7 +23,8 @@ struct LinearArgs {
   int64_t out_stride;
   bool out_fp32;
   int64_t m;
-  char* scratch;  // 64-byte aligned; quantised rows of x, or partial sums
+  char* scratch;                // 64-byte aligned; quantised rows of x, or partial sums
+  const float* plus = nullptr;  // added to out, which it is like
 };
 
 // Vectors whose sum, formed in this order, is meant: one, or the partial results of several ranks.
