@@ -126,6 +126,37 @@ def compressed(packing: str, group: int, activations: bool, scale_dtype: torch.d
     return config, linear
 
 
+def fp8(block: tuple[int, int] | None, scale_dtype: torch.dtype = torch.float32) -> Any:
+    """quantization_config and a maker of linears; no block: one scale in all."""
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    if block:
+        config |= {"weight_block_size": list(block)}
+    return config, _floats(block, "weight_scale_inv", scale_dtype)
+
+
+def compressed_fp8(strategy: str, block: tuple[int, int] | None = None) -> Any:
+    """quantization_config and a maker of linears; `block` 0: all features."""
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    if strategy == "block" and block:
+        weights["block_structure"] = list(block)
+    groups = {"group_0": {"weights": weights, "input_activations": None}}
+    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    return config, _floats(block, "weight_scale", torch.bfloat16)
+
+
+def _floats(block: tuple[int, int] | None, name: str, scale_dtype: torch.dtype) -> Any:
+    """A maker of linears of e4m3."""
+
+    def linear(n: int, k: int) -> Linear:
+        rows, columns = ((size or whole) for size, whole in zip(block or (0, 0), (n, k), strict=True))
+        number = torch.randn(n, k).to(torch.float8_e4m3fn)
+        scale = (torch.rand(-(-n // rows), -(-k // columns)) * 0.02 + 0.001).to(scale_dtype)
+        spread = scale.float()[torch.arange(n) // rows][:, torch.arange(k) // columns]
+        return {"weight": number, name: scale if block else scale.reshape(())}, number.float() * spread
+
+    return linear
+
+
 _GGUF_NAMES = {
     "model.layers.0.self_attn.q_proj": "blk.0.attn_q",
     "model.layers.0.self_attn.k_proj": "blk.0.attn_k",

@@ -234,6 +234,8 @@ NAN_SCALES = {
     "awq": (files.awq(), "scales"),
     "w8a8": (files.compressed("int-quantized", 0, True), "weight_scale"),
     "w4a16": (files.compressed("pack-quantized", 32, False), "weight_scale"),
+    "fp8": (files.fp8((128, 128)), "weight_scale_inv"),
+    "fp8-channel": (files.compressed_fp8("channel", (1, 0)), "weight_scale"),
 }
 
 
@@ -252,6 +254,34 @@ def test_a_scale_that_is_not_finite(tmp_path: Path, name: str, dtype: str, value
     message = rf"model.safetensors: tensor 'model\S+.{scale}' has values that are not finite"
     with pytest.raises(ValueError, match=message):
         load_model(open_checkpoint(tmp_path, "auto", None, None), RunConfig(dtype=dtype), SingleGroup())
+
+
+FP8 = f"{LAYER}.weight"
+BAD_FP8: list[tuple[Callable[[dict[str, torch.Tensor]], object], str]] = [
+    (lambda parts: parts.pop("weight_scale_inv"), rf"tensor '{FP8}' has 8-bit floats; expected their scales in '{FP8}_scale_inv'"),
+    (lambda parts: parts.update(weight_scale_inv=torch.ones(3, 2)), rf"tensor '{FP8}_scale_inv' has shape \[3, 2\]; expected \[2, 2\]"),
+    (lambda parts: parts.update(weight_scale_inv=torch.ones(4)), rf"tensor '{FP8}_scale_inv' has shape \[4\]; expected \[2, 2\]"),
+    (lambda parts: parts.update(weight_scale_inv=torch.ones(2, 2).char()), rf"tensor '{FP8}_scale_inv' has dtype torch.int8; expected"),
+    (lambda parts: parts["weight"].view(torch.uint8)[3].fill_(0x7F), rf"tensor '{FP8}' has values that are not finite"),
+    (lambda parts: parts.update(weight=parts["weight"].view(torch.uint8)), rf"tensor '{FP8}' has dtype torch.uint8; expected float64"),
+    (lambda parts: parts.update(weight=parts["weight"].flatten()), rf"'{FP8}' has shape \[65536\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, message", BAD_FP8, ids=[m for _, m in BAD_FP8])
+def test_bad_8_bit_floats_are_named(
+    tmp_path: Path, spoil: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    config, linear = files.fp8((128, 128))
+
+    def spoiled_linear(n: int, k: int) -> files.Linear:
+        parts, matrix = linear(n, k)
+        spoil(parts)
+        return parts, matrix
+
+    files.write_directory(tmp_path, config, spoiled_linear)
+    with pytest.raises(ValueError, match=message):
+        read_all(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])

@@ -50,6 +50,7 @@ _QUANTISED = {
     "gptq": ("gptq", "GPTQCheckpoint"),
     "awq": ("awq", "AWQCheckpoint"),
     "compressed-tensors": ("compressed_tensors", "CompressedTensorsCheckpoint"),
+    "fp8": ("fp8", "FP8Checkpoint"),
 }
 
 
@@ -71,6 +72,8 @@ def open_checkpoint(model: Path, load_format: str, config_json: Path | None, num
                 f"{model / 'config.json'}: quant_method {method!r} is not supported; "
                 f"expected one of {', '.join(_QUANTISED)}"
             )
+        if method == "compressed-tensors" and quantisation.get("format") == "float-quantized":
+            method = "fp8"
         return _reader(*_QUANTISED[method])(model, config)
     if model.suffix == ".gguf" and model.is_file():
         return _reader("gguf", "GGUFCheckpoint")(model)
