@@ -74,6 +74,21 @@ def need(backend: str) -> None:
         pytest.skip(f"{LIBRARY} of oneccl-cpu is not installed")
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[range]:
+    """Where every read of a checkpoint's files lies, in bytes, from here on."""
+    found: list[range] = []
+    original = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        size = original(fd, buffers, offset)
+        found.append(range(offset, offset + size))
+        return size
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return found
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded model's GGUF file."""

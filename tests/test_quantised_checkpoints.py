@@ -12,15 +12,20 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import save_file
 
 from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
 from distinf.kernels import native
 from distinf.kernels.formats import FORMATS, Format, Numbers, quantised
+from distinf.kernels.reference import ReferenceKernels
 from distinf.llm import load_model
 from distinf.plan import Plan
 from distinf.shard import PhaseShares
 from distinf.weights import Checkpoint, open_checkpoint
+from distinf.weights.load import Loader, load_weights
+from distinf.weights.safetensors import read_directory
+from distinf.weights.strips import Strips
 from tests import checkpoint_files as files
 
 FP16, FP32 = torch.float16, torch.float32
@@ -122,6 +127,51 @@ def test_a_whole_model_keeps_its_numbers(tmp_path: Path, name: str) -> None:
         assert weight.form == form
         assert torch.equal(weight.data, torch.cat([matrices[f"{source}.weight"] for source in names]))
     assert loaded.weights.linears["head"].weight.form == FORMATS["bf16"]
+
+
+@pytest.mark.parametrize("name", ["gptq-zeros", "awq"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_matrices_that_lie_across_the_file_are_read_once(
+    tmp_path: Path, reads: list[range], monkeypatch: pytest.MonkeyPatch, name: str, world_size: int
+) -> None:
+    """However few output features are packed at once: a tensor is one read, or one of each line where it is cut."""
+    (config, linear), _ = DIRECTORIES[name]
+    matrices = files.write_directory(tmp_path, config, linear)
+    monkeypatch.setattr("distinf.weights.load._CHUNK_BYTES", 32 * 2 * files.HIDDEN)  # the least: a panel
+    checkpoint = open_checkpoint(tmp_path, "auto", None, None)
+    plan = Plan.of(checkpoint, RunConfig(dtype="auto", shares=PhaseShares.of([1] * world_size)))
+    reads.clear()
+    for rank in range(world_size):
+        kernels = ReferenceKernels(torch.bfloat16, 1)
+        weights = load_weights(Loader(checkpoint, plan.params, plan.cuts(rank), rank, kernels, plan.formats), False)
+    path = tmp_path / "model.safetensors"
+    assert sum(map(len, reads)) + checkpoint.table("model.embed_tokens.weight", torch.bfloat16).nbytes <= path.stat().st_size
+    lines = files.HIDDEN // 8 if name == "gptq-zeros" else files.HIDDEN  # of the five that are cut by output features
+    groups = files.HIDDEN // 64
+    cut, whole = 5 * (lines + 2 * groups), 2 * 3
+    most = 3 * 7 if world_size == 1 else world_size * (cut + whole)
+    assert len(reads) <= most + world_size * (3 + 4), "more than tensors, norms and the head have"
+    if world_size == 1:
+        gate_up = [matrices[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        assert torch.equal(weights.linears["layers.0.gate_up"].weight.data, torch.cat(gate_up))
+
+
+def test_a_strip_is_kept_until_its_last_piece(tmp_path: Path, reads: list[range]) -> None:
+    """Pieces in any order, words that pieces share, rows that nobody has announced."""
+    save_file({"a.weight": torch.arange(6 * 16).view(6, 16)}, tmp_path / "model.safetensors")
+    tensor = read_directory(tmp_path)[0]["a.weight"]
+    whole, strips = tensor.read(), Strips()
+    strips.announce("a", range(16, 96))
+    pieces = [range(40, 96), range(16, 28), range(28, 40)]
+    for _ in range(2):  # the second time all over again
+        reads.clear()
+        for rows in pieces:
+            columns = slice(rows.start // 8, -(-rows.stop // 8))
+            assert torch.equal(strips.read("a", tensor, range(1, 4), rows, per=8), whole[1:4, columns])
+        assert sum(map(len, reads)) == 3 * 10 * 8
+    reads.clear()
+    assert torch.equal(strips.read("a", tensor, range(6), range(8, 24), per=8), whole[:, 1:3])
+    assert sum(map(len, reads)) == 6 * 2 * 8
 
 
 BAD_SETTINGS: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [

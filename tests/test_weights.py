@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distinf import LLM, SamplingParams
 from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
 from distinf.kernels.reference import ReferenceKernels
@@ -59,28 +59,44 @@ def test_slices_equal_the_whole(checkpoints: dict[str, tuple[Checkpoint, str]], 
     assert torch.equal(checkpoint.read(tensor, torch.float32, None, range(0)), whole[:, :0])
 
 
+def test_rows_in_another_order_are_one_read(smollm2: Path, reads: list[range]) -> None:
+    """Of whole heads, whose neighbours in the file are far apart in Hugging Face's order."""
+    checkpoint = GGUFCheckpoint(smollm2)
+    reads.clear()
+    checkpoint.read("model.layers.1.self_attn.q_proj.weight", torch.float32, range(64, 320))
+    assert len(reads) == 1
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2: Path) -> AutoModelForCausalLM:
+    """transformers' dequantised load of the file."""
+    return AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+
+
 @pytest.mark.slow
-def test_gguf_tensors_equal_those_of_transformers(smollm2: Path) -> None:
+def test_gguf_tensors_equal_those_of_transformers(smollm2: Path, oracle: AutoModelForCausalLM) -> None:
     """Every tensor: names, the order of rotated rows, and dequantisation."""
-    oracle = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
     checkpoint = GGUFCheckpoint(smollm2)
     for name, expected in oracle.state_dict().items():
         if name != "lm_head.weight":  # tied
             assert torch.equal(checkpoint.read(name, torch.float32), expected), name
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[range]:
-    """The bytes of files that are read from here on."""
-    read: list[range] = []
-
-    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
-        read.append(range(offset, offset + sum(map(len, buffers))))
-        return original(fd, buffers, offset)
-
-    original = os.preadv
-    monkeypatch.setattr(os, "preadv", preadv)
-    return read
+@pytest.mark.slow
+def test_gguf_text_is_that_of_transformers(oracle: AutoModelForCausalLM) -> None:
+    """64 tokens: each is the likeliest after those before it, so greedy decoding there gives just these."""
+    llm = LLM(dtype="fp32")
+    prompts = [
+        llm.tokenize("Write three sentences about the sea and the ships on it.", chat=True),
+        llm.tokenize("def fibonacci(n):"),
+        llm.tokenize("Once upon a time, in a village between two rivers,"),
+        llm.tokenize("Die Hauptstadt von Frankreich"),
+    ]
+    for prompt, done in zip(prompts, llm.generate(prompts, SamplingParams(max_new_tokens=64)), strict=True):
+        with torch.no_grad():
+            logits = oracle(torch.tensor([[*prompt, *done.token_ids[:-1]]])).logits[0, len(prompt) - 1 :]
+        assert logits.argmax(-1).tolist() == done.token_ids, done.text
+        assert len(done.token_ids) == 64 or done.finish_reason == "stop"
 
 
 def load_rank(checkpoint: Checkpoint, plan: Plan, rank: int) -> None:

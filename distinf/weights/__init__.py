@@ -35,6 +35,9 @@ class Checkpoint(Protocol):
     ) -> torch.Tensor:
         """A slice of a tensor in `dtype`, dequantised if need be; only the bytes of the slice are read."""
 
+    def announce(self, name: str, rows: range) -> None:
+        """These rows of a tensor will be read in pieces, each once: what a reader fetches together it may keep."""
+
     def table(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A whole tensor: where the file has it in `dtype`, a view of the mapped file that ranks share."""
 

@@ -52,17 +52,17 @@ class AWQCheckpoint(QuantisedCheckpoint):
         return Grid(n, k, form)
 
     def integers(self, name: str, rows: range, columns: range) -> torch.Tensor:
-        return self._unpacked(f"{name.removesuffix('.weight')}.qweight", rows, columns).contiguous()
+        return self._unpacked(name.removesuffix(".weight"), "qweight", rows, columns).contiguous()
 
     def scales(self, name: str, rows: range, groups: range) -> tuple[torch.Tensor, torch.Tensor | None]:
         stem = name.removesuffix(".weight")
         tensor = self.tensor(f"{stem}.scales")
-        scale = finite(tensor, tensor.read(groups, rows)).T
-        return scale, -scale * self._unpacked(f"{stem}.qzeros", rows, groups).float()
+        scale = finite(tensor, self.across(stem, "scales", groups, rows)).T
+        return scale, -scale * self._unpacked(stem, "qzeros", rows, groups).float()
 
-    def _unpacked(self, name: str, rows: range, columns: range) -> torch.Tensor:
+    def _unpacked(self, stem: str, part: str, rows: range, columns: range) -> torch.Tensor:
         """uint8 [rows, columns] of a tensor [columns, rows / 8]."""
-        words, inside = whole_words(rows)
-        numbers = nibbles(self.tensor(name).read(columns, words)).unflatten(1, (-1, 8))[..., _PLACE]
+        _, inside = whole_words(rows)
+        numbers = nibbles(self.across(stem, part, columns, rows, per=8)).unflatten(1, (-1, 8))[..., _PLACE]
         in_order: torch.Tensor = numbers.flatten(1)[:, inside].T
         return in_order

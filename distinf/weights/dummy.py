@@ -45,6 +45,9 @@ class DummyCheckpoint:
     def identity(self) -> str:
         return json.dumps(self.config, sort_keys=True)
 
+    def announce(self, name: str, rows: range) -> None:
+        pass
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 

@@ -65,8 +65,9 @@ class FP8Checkpoint(SafetensorsCheckpoint):
         if len(scale.shape) < 2 and shape[1] == 1 and math.prod(scale.shape) == shape[0]:  # [n] or [] for [n, 1]
             scale = replace(scale, shape=shape)
         expect(scale, _SCALES, shape)
-        blocks, index = zip(*(_blocks(r, size) for r, size in zip((rows, columns), sizes, strict=True)), strict=True)
-        return finite(scale, scale.read(*blocks))[index[0]][:, index[1]]
+        row_blocks, row = _blocks(rows, sizes[0])
+        column_blocks, column = _blocks(columns, sizes[1])
+        return finite(scale, scale.read(row_blocks, column_blocks))[row][:, column]
 
 
 def _blocks(elements: range, size: int) -> tuple[range, torch.Tensor]:

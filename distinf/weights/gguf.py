@@ -53,6 +53,9 @@ class GGUFCheckpoint:
     def identity(self) -> str:
         return f"{self._file.identity} {hashlib.sha256(repr((self.config, self._tensors)).encode()).hexdigest()}"
 
+    def announce(self, name: str, rows: range) -> None:
+        pass
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 

@@ -75,15 +75,15 @@ class GPTQCheckpoint(QuantisedCheckpoint):
 
     def integers(self, name: str, rows: range, columns: range) -> torch.Tensor:
         words, inside = whole_words(columns)
-        packed = self.tensor(f"{name.removesuffix('.weight')}.qweight").read(words, rows)
+        packed = self.across(name.removesuffix(".weight"), "qweight", words, rows)
         return nibbles(packed.T)[:, inside].contiguous()
 
     def scales(self, name: str, rows: range, groups: range) -> tuple[torch.Tensor, torch.Tensor | None]:
         stem = name.removesuffix(".weight")
         tensor, zeros = self.tensor(f"{stem}.scales"), self.tensor(f"{stem}.qzeros")
-        scale = finite(tensor, tensor.read(groups, rows)).T
-        words, inside = whole_words(rows)
-        zero = nibbles(zeros.read(groups, words))[:, inside].T.float() + self._first_zero
+        scale = finite(tensor, self.across(stem, "scales", groups, rows)).T
+        _, inside = whole_words(rows)
+        zero = nibbles(self.across(stem, "qzeros", groups, rows, per=8))[:, inside].T.float() + self._first_zero
         if not self._symmetric:
             return scale, -scale * zero
         if (zero != _SYMMETRIC_ZERO).any():

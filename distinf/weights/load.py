@@ -55,6 +55,7 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
 
     memory = {name: packer.weight().memory() for name, packer in packers.items()} if loader.cache else {}
     if loader.cache is None or not loader.cache.load(memory, run):
+        _announce(loader, linears)
         run([job for p in linears for job in _pack_jobs(loader, p, packers[p.name])])
         if loader.cache:
             loader.cache.save(memory)
@@ -65,6 +66,14 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
         if p.kind != "linear":
             weights.tensors[p.name] = _tensor(loader, p)
     return weights
+
+
+def _announce(loader: Loader, linears: Sequence[Param]) -> None:
+    """Tell the checkpoint which rows of its tensors follow, but of those whose heads may be read twice."""
+    for source in (source for param in linears for source in param.sources):
+        if not (source.transposed or source.across or source.pairs):
+            for rows in source.tensor_rows(loader.cuts.rows(source)):
+                loader.checkpoint.announce(source.name, rows)
 
 
 def _packer(loader: Loader, param: Param) -> Packer:

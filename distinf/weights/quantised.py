@@ -11,6 +11,7 @@ import torch
 
 from distinf.kernels.formats import GROUP_SIZES, Format, Numbers
 from distinf.weights.safetensors import SafetensorsCheckpoint, StoredTensor
+from distinf.weights.strips import Strips
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
         """Raises ValueError naming a file that is damaged."""
         super().__init__(directory, config)
         self._grids: dict[str, Grid | None] = {}
+        self._strips = Strips()
 
     def grid(self, name: str) -> Grid | None:
         """Of the linear NAME.weight; None where it is not quantised. Raises ValueError for tensors that do not fit."""
@@ -58,6 +60,13 @@ class QuantisedCheckpoint(SafetensorsCheckpoint):
     @abstractmethod
     def scales(self, name: str, rows: range, groups: range) -> tuple[torch.Tensor, torch.Tensor | None]:
         """fp32 [rows, groups]: scales, and offsets where the format has them."""
+
+    def announce(self, name: str, rows: range) -> None:
+        self._strips.announce(name.removesuffix(".weight"), rows)
+
+    def across(self, stem: str, part: str, lines: range, rows: range, per: int = 1) -> torch.Tensor:
+        """Of the tensor STEM.part, which has `per` output features in a column: [lines, columns that hold `rows`]."""
+        return self._strips.read(stem, self.tensor(f"{stem}.{part}"), lines, rows, per)
 
     def shape(self, name: str) -> tuple[int, ...]:
         grid = self.grid(name)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -58,12 +59,25 @@ class RawFile:
         if not out.numel():
             return out
         assert first >= 0 and first + n <= row_bytes and offset + max(rows) * row_bytes + first + n <= self.size
+        if n == row_bytes and not isinstance(rows, range):
+            order = np.argsort(rows)
+            out[torch.from_numpy(order)] = self._ascending(offset, n, np.asarray(rows)[order])
+            return out
         memory = memoryview(out.numpy().data).cast("B")
         if n == row_bytes and isinstance(rows, range) and rows.step == 1:
             self._fill(memory, offset + rows.start * row_bytes)
             return out
         for i, row in enumerate(rows):
             self._fill(memory[i * n : (i + 1) * n], offset + row * row_bytes + first)
+        return out
+
+    def _ascending(self, offset: int, n: int, rows: np.ndarray) -> torch.Tensor:
+        """Whole rows of n bytes, those behind one another at once: uint8 [len(rows), n]."""
+        out = torch.empty(len(rows), n, dtype=torch.uint8)
+        memory = memoryview(out.numpy().data).cast("B")
+        ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            self._fill(memory[start * n : end * n], offset + int(rows[start]) * n)
         return out
 
     def _fill(self, memory: memoryview, offset: int) -> None:

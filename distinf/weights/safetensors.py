@@ -89,6 +89,9 @@ class SafetensorsCheckpoint:
         """Whether there is a tensor of this name."""
         return name in self._tensors
 
+    def announce(self, name: str, rows: range) -> None:
+        pass
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensor(name).shape
 
