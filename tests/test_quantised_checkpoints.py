@@ -145,7 +145,10 @@ def test_matrices_that_lie_across_the_file_are_read_once(
         kernels = ReferenceKernels(torch.bfloat16, 1)
         weights = load_weights(Loader(checkpoint, plan.params, plan.cuts(rank), rank, kernels, plan.formats), False)
     path = tmp_path / "model.safetensors"
-    assert sum(map(len, reads)) + checkpoint.table("model.embed_tokens.weight", torch.bfloat16).nbytes <= path.stat().st_size
+    assert (
+        sum(map(len, reads)) + checkpoint.table("model.embed_tokens.weight", torch.bfloat16).nbytes
+        <= path.stat().st_size
+    )
     lines = files.HIDDEN // 8 if name == "gptq-zeros" else files.HIDDEN  # of the five that are cut by output features
     groups = files.HIDDEN // 64
     cut, whole = 5 * (lines + 2 * groups), 2 * 3

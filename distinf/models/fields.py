@@ -34,6 +34,11 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+# What is divided by, or counted: one or more.
+_SIZES = {
+    "hidden_size", "n_embd", "num_attention_heads", "n_head", "head_dim", "decoder_sparse_step", "n_group",
+    "query_pre_attn_scalar",
+}  # fmt: skip
 _REQUIRED = object()
 
 
@@ -69,6 +74,22 @@ class Fields:
         value = self.get(*names, default=default)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"config: {names[0]!r} is {value!r}, expected a number")
+        if names[0] in _SIZES and not value > 0:
+            raise ValueError(f"config: {names[0]!r} is {value!r}, expected a number above 0")
+        return value
+
+    def entries(self, *names: str) -> dict[str, Any]:
+        """An object in config.json, {} where there is none; see get."""
+        return dict(self._of(dict, *names, default={}))
+
+    def items(self, name: str, default: Any) -> list[Any]:
+        """A list; see get."""
+        return list(self._of(list, name, default=default))
+
+    def _of(self, kind: type, *names: str, default: Any) -> Any:
+        value = self.get(*names, default=default)
+        if not isinstance(value, kind):
+            raise ValueError(f"config: {names[0]!r} is {value!r}, expected {kind.__name__}")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -77,13 +98,16 @@ class Fields:
 
     def eos_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids: there is none, one or a list."""
-        value = self.get("eos_token_id", default=())
-        return (value,) if isinstance(value, int) else tuple(value)
+        value = self.get("eos_token_id", default=[])
+        ids = value if isinstance(value, list) else [value]
+        if any(type(i) is not int for i in ids):
+            raise ValueError(f"config: 'eos_token_id' is {value!r}, expected a token or a list of them")
+        return tuple(ids)
 
     def activation(self, *names: str, default: str = "silu") -> str:
         """The name of an activation in Kernels.act. Raises ValueError for one that is not known."""
         value = self.get(*names, default=default)
-        if value not in _ACTIVATIONS:
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
             expected = ", ".join(map(repr, _ACTIVATIONS))
             raise ValueError(f"config: {names[0]} {value!r} is not supported; expected one of {expected}")
         return _ACTIVATIONS[value]

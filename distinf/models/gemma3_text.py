@@ -29,7 +29,7 @@ def ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
     """Of layers that see everything and of those with a window."""
     head_dim, positions = fields.integer("head_dim"), fields.integer("max_position_embeddings")
     local_theta = fields.number("rope_local_base_freq", default=0.0)
-    both = fields.get("rope_parameters", default={})
+    both = fields.entries("rope_parameters")
     if "sliding_attention" in both:
         everywhere, local = (dict(both[kind]) for kind in ("full_attention", "sliding_attention"))
         return rope_of(everywhere, 0.0, 1.0, head_dim, positions), rope_of(local, 0.0, 1.0, head_dim, positions)

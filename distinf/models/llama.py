@@ -62,7 +62,7 @@ def rope_config(
 
     `rotary_factor` (the rotated part of a head), `theta` and `max_positions` count where config.json does not say.
     """
-    scaling = dict(fields.get("rope_parameters", "rope_scaling", default={}))
+    scaling = fields.entries("rope_parameters", "rope_scaling")
     theta = fields.number("rope_theta", "rotary_emb_base", default=theta)
     factor = fields.number("partial_rotary_factor", "rotary_pct", default=rotary_factor)
     # Phi-3 keeps this entry beside the scaling that it belongs to.
@@ -98,7 +98,7 @@ def windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int, ...
     window = fields.integer("sliding_window", "sliding_window_size", default=0)
     n_layers = fields.integer("num_hidden_layers")
     kinds = ("full_attention", "sliding_attention")
-    types = fields.get("layer_types", default=[kinds[has_window(i)] for i in range(n_layers)])[:n_layers]
+    types = fields.items("layer_types", default=[kinds[has_window(i)] for i in range(n_layers)])[:n_layers]
     if unknown := [t for t in types if t not in kinds]:
         raise ValueError(f"config: layer_types {unknown[0]!r} is not supported; expected {' or '.join(kinds)}")
     if len(types) < n_layers:

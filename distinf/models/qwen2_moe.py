@@ -28,7 +28,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def qwen_moe(fields: Fields, **more: Any) -> MoeConfig:
     """What Qwen's mixtures have in common; `more` are fields of MoeConfig."""
     n_layers, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step", default=1)
-    plain = fields.get("mlp_only_layers", default=[])
+    plain = fields.items("mlp_only_layers", default=[])
     return MoeConfig(
         layers=tuple((i + 1) % step == 0 and i not in plain for i in range(n_layers)),
         n_experts=fields.integer("num_experts", "num_local_experts"),
