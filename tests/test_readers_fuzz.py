@@ -23,6 +23,7 @@ from distinf.weights.gguf_header import read_header
 from distinf.weights.load import check_shapes
 from distinf.weights.raw import RawFile
 from tests import checkpoint_files as files
+from tests import gguf_families
 
 INDEX = "model.safetensors.index.json"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -88,30 +89,90 @@ def test_gguf_cut_at_every_header_byte(gguf_file: Path) -> None:
             open_checkpoint(gguf_file, "auto", None, None)
 
 
-def spoiled(whole: bytes, size: int) -> Iterator[bytes]:
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_json_cut_at_every_byte(directory: Path, name: str) -> None:
+    tensors = files.split_header((directory / "model.safetensors").read_bytes())[0]
+    indexed(dict.fromkeys(tensors, "model.safetensors"))(directory)
+    read_all(directory)
+    whole = (directory / name).read_bytes()
+    for size in range(len(whole)):
+        (directory / name).write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"{name}: (not a JSON file|damaged or truncated JSON|expected)"):
+            open_checkpoint(directory, "auto", None, None)
+
+
+def spoiled(whole: bytes, size: int, step: int = 1) -> Iterator[bytes]:
     """The file with one byte of its header changed, or eight, all over the header."""
     chance = random.Random(0)
-    for at in range(0, size, 5):
+    for at in range(0, size, 5 * step):
         yield whole[:at] + bytes([chance.randrange(256)]) + whole[at + 1 :]
-    for at in range(0, size - 8, 13):
+    for at in range(0, size - 8, 13 * step):
         yield whole[:at] + chance.choice([b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f"]) + whole[at + 8 :]
 
 
-def test_safetensors_with_a_spoiled_header(directory: Path) -> None:
-    path = directory / "model.safetensors"
+# Quantised directories, and how coarsely their headers are spoiled: the first stands for what they have in common.
+SPOILED = {
+    "gptq": (files.gptq(False), 1),
+    "awq": (files.awq(), 15),
+    "compressed": (files.compressed("pack-quantized", 32, False), 15),
+    "fp8": (files.fp8((128, 128)), 15),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_safetensors_with_a_spoiled_header(tmp_path: Path, name: str) -> None:
+    maker, step = SPOILED[name]
+    files.write_directory(tmp_path, *maker)
+    read_all(tmp_path)
+    path = tmp_path / "model.safetensors"
     whole, size, results = path.read_bytes(), header_size(path), []
-    for data in spoiled(whole, size):
+    for data in spoiled(whole, size, step):
         path.write_bytes(data)
-        results.append(refused(directory, "model.safetensors"))
+        results.append(refused(tmp_path, "model.safetensors"))
     assert sum(results) > len(results) / 2
 
 
-def test_gguf_with_a_spoiled_header(gguf_file: Path) -> None:
-    whole, size, results = gguf_file.read_bytes(), header_size(gguf_file), []
-    for data in spoiled(whole, size):
-        gguf_file.write_bytes(data)
-        results.append(refused(gguf_file, "model.gguf"))
+@pytest.mark.parametrize("case, step", [("llama", 1), ("deepseek2", 25), ("phi3 longrope", 15)])
+def test_gguf_with_a_spoiled_header(tmp_path: Path, case: str, step: int) -> None:
+    path = tmp_path / "model.gguf"
+    if case == "llama":
+        files.write_gguf(path, Kind.Q4_1)
+    else:
+        gguf_families.write(case, tmp_path)
+    read_all(path)
+    whole, size, results = path.read_bytes(), header_size(path), []
+    for data in spoiled(whole, size, step):
+        path.write_bytes(data)
+        results.append(refused(path, "model.gguf"))
     assert sum(results) > len(results) / 2
+
+
+# Changes of a tensor's entry, which is its name, u32 n, u64 dimensions[n], u32 type, u64 offset: (at, as, value).
+BAD_GGUF_ENTRIES: list[tuple[int, str, int, str]] = [
+    (0, "<I", 0, "has 0 dimensions"),
+    (0, "<I", 9, "has 9 dimensions"),
+    (4, "<Q", 31, "has rows of 31, no whole blocks of Q4_1"),
+    (4, "<Q", 1 << 62, "ends at byte"),
+    (12, "<Q", 1 << 62, "ends at byte"),
+    (12, "<Q", 0, "has shape [0, 256] but the config asks for [512, 256]"),
+    (12, "<Q", 256, "has shape [256, 256] but the config asks for [512, 256]"),
+    (20, "<I", 99, "has the unknown type 99"),
+    (20, "<I", Kind.I8, "has the type I8, which cannot be read"),
+    (24, "<Q", (1 << 64) - 1, "ends at byte"),
+    (24, "<Q", 1 << 40, "ends at byte"),
+]
+
+
+@pytest.mark.parametrize("at, form, value, message", BAD_GGUF_ENTRIES)
+def test_a_bad_gguf_entry_is_named(gguf_file: Path, at: int, form: str, value: int, message: str) -> None:
+    name = b"blk.0.ffn_up.weight"
+    data = bytearray(gguf_file.read_bytes())
+    struct.pack_into(form, data, data.index(name) + len(name) + at, value)
+    gguf_file.write_bytes(data)
+    with pytest.raises(ValueError) as error:
+        read_all(gguf_file)
+    assert message in str(error.value)
+    assert "ffn_up.weight" in str(error.value) or "mlp.up_proj.weight" in str(error.value)
 
 
 BAD_ENTRIES: list[tuple[dict[str, Any], str]] = [
