@@ -85,12 +85,11 @@ def test_gguf_tensors_equal_those_of_transformers(smollm2: Path, oracle: AutoMod
 @pytest.mark.slow
 def test_gguf_text_is_that_of_transformers(oracle: AutoModelForCausalLM) -> None:
     """64 tokens: each is the likeliest after those before it, so greedy decoding there gives just these."""
-    llm = LLM(dtype="fp32")
+    llm = LLM(dtype="fp32", threads=1)  # threads of torch that wait for one another are slow on shared cores
     prompts = [
         llm.tokenize("Write three sentences about the sea and the ships on it.", chat=True),
         llm.tokenize("def fibonacci(n):"),
         llm.tokenize("Once upon a time, in a village between two rivers,"),
-        llm.tokenize("Die Hauptstadt von Frankreich"),
     ]
     for prompt, done in zip(prompts, llm.generate(prompts, SamplingParams(max_new_tokens=64)), strict=True):
         with torch.no_grad():
