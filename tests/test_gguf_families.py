@@ -79,6 +79,7 @@ REFUSED: list[tuple[str, Callable[[gguf.GGUFWriter], None], str]] = [
     ("qwen2", lambda w: w.add_array("qwen2.head_scale", [1, 2]), r"the field 'qwen2.head_scale' is unknown"),
     ("qwen2", lambda w: w.add_tensor("blk.1.attn_q_norm.weight", EXTRA), r"tensor 'blk.1.attn_q_norm.weight' is unknown"),
     ("qwen2", lambda w: w.add_tensor("blk.9.attn_q.weight", EXTRA), r"tensor 'blk.9.attn_q.weight' is unknown"),
+    ("qwen2", lambda w: w.add_uint16("split.count", 3), r"model.gguf: one of 3 parts; expected all in one file"),
     ("qwen2", lambda w: w.add_causal_attention(False), r"qwen2.attention.causal False is not supported"),
     ("qwen2", lambda w: w.add_expert_count(8), r"8 experts \(qwen2.expert_count\), but no in the tensors"),
     ("qwen2", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), r"the scaling 'longrope' is not supported"),

@@ -64,7 +64,7 @@ _DEEPSEEK_OPTIONAL = {
     "first_k_dense_replace": "leading_dense_block_count",
     "routed_scaling_factor": "expert_weights_scale",
     "norm_topk_prob": "expert_weights_norm",
-    "n_group": "expert_group_count",
+    "n_group": "expert_group_count",  # early files have none: all experts compete, as in llama.cpp
     "topk_group": "expert_group_used_count",
 }
 _LAYER_NORM_EPS = "attention.layer_norm_epsilon"
@@ -245,6 +245,9 @@ def hf_config(file: GGUFFields, architecture: Architecture, read: Read) -> dict[
 
 def _check_sizes(file: GGUFFields) -> None:
     """Raises ValueError for counts that the tensors do not bear out, before anything is made as often."""
+    parts = file.value("split.count", 1, (int,))
+    if parts > 1:
+        raise ValueError(f"{file.path}: one of {parts} parts; expected all in one file (llama-gguf-split --merge)")
     layers, experts = file.count("block_count"), file.number("expert_count", 0)
     if layers > len(file.tensors):
         raise ValueError(f"{file.path}: {layers} layers ({file.name('block_count')}), but {len(file.tensors)} tensors")

@@ -30,7 +30,7 @@ class GGUFFields:
 
     def name(self, key: str) -> str:
         """The whole name of a field."""
-        return key if key.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{key}"
+        return key if key.startswith(("general.", "tokenizer.", "split.")) else f"{self.architecture}.{key}"
 
     def has(self, key: str) -> bool:
         """Whether the field is there."""
