@@ -16,7 +16,7 @@ from distinf import kernels as kernel_library
 from distinf.comm import LOADING_TIMEOUT_S, Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.device import Device, device_rank, parse_devices, parse_fractions, with_rates
-from distinf.engine import Engine, Sequence
+from distinf.engine import PREFILL_ROWS, Engine, Sequence
 from distinf.kernels import Kernels, native
 from distinf.kernels.emulated import HEADROOM, emulated, measure_rates, world_rates
 from distinf.kernels.formats import Format
@@ -80,7 +80,9 @@ def load_model(
     needs = group.all_gather_object(plan.need(group.rank, kv_tokens, kernels.act_dtype))
     mates = group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
-    for line in [*describe(bound.bindings), *(f"warning: {text}" for text in bound.warnings)]:
+    slots = group.make_room(PREFILL_ROWS * config.hidden)  # after `bind`: near this rank's cores
+    slow = [f"sums of a prefill go through in pieces: {slots}"] if slots else []
+    for line in [*describe(bound.bindings), *(f"warning: {text}" for text in [*bound.warnings, *slow])]:
         notify(line)
     cores = bound.bindings[group.rank].cores
     cache = agreed(group, lambda: _cache(pack_cache, checkpoint, plan, group.rank, kernels) if pack_cache else None)

@@ -24,7 +24,7 @@ from distinf.comm import Group, InputError
 from distinf.sampling import SamplingParams
 from distinf.stats import percentiles, token_gaps_ms
 
-SIZES = tuple(4096 * 4**i for i in range(6))  # 4 KiB to 4 MiB
+SIZES = tuple(4096 * 4**i for i in range(7))  # 4 KiB to 16 MiB: what decode and prefill add
 WARM_UP = 200
 
 
@@ -72,19 +72,20 @@ def open_groups(args: argparse.Namespace, group: Group) -> dict[str, Group]:
             if args.backends:
                 raise InputError(str(error)) from None
             continue
+        opened.make_room(SIZES[-1] // 4)
         groups[opened.name] = opened
     return groups
 
 
 def time_us(group: Group, size: int, repeats: int) -> list[float]:
     """Of each sum of `size` bytes: until the last rank has it."""
-    x = torch.zeros(size // 4)
+    x, warm_up = torch.zeros(size // 4), min(WARM_UP, repeats)
     group.barrier()
     if group.native:
-        seconds = group.native.time_s(x.data_ptr(), x.numel(), WARM_UP + repeats)
+        seconds = group.native.time_s(x.data_ptr(), x.numel(), warm_up + repeats)
     else:
-        seconds = [timed(group, x) for _ in range(WARM_UP + repeats)]
-    everyone = torch.tensor(group.all_gather_object(seconds[WARM_UP:]))
+        seconds = [timed(group, x) for _ in range(warm_up + repeats)]
+    everyone = torch.tensor(group.all_gather_object(seconds[warm_up:]))
     return (1e6 * everyone.amax(0)).tolist()
 
 

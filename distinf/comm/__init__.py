@@ -66,6 +66,13 @@ class Group(Protocol):
 
     native: Any  # distinf.kernels.native.AllReduce, which a recorded decode step may contain, or None
 
+    def make_room(self, numbers: int) -> str:
+        """Have room for sums of so many numbers without a copy, in memory near the cores that this rank is bound to.
+
+        Until then, and where there is no room, sums of more than 1 MiB are copied through in pieces. Returns why
+        there is none, the same on every rank, or "".
+        """
+
     def all_reduce_(self, x: torch.Tensor) -> None:
         """Sum fp32 x over ranks, in place, the same bits on every rank."""
 

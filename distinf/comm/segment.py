@@ -15,10 +15,10 @@ DIRECTORY = "/dev/shm"
 def map_shared(node: Any, part_bytes: int, total_bytes: int) -> tuple[torch.Tensor | None, str]:
     """Zeroed uint8 [total_bytes] that all ranks of `node` (an MPI communicator) have mapped, or None and the reason.
 
-    Each rank's `part_bytes`, in rank order, lie in that rank's memory; the last rank's part also has what follows.
-    Collective over the node; a rank may get None where others do not.
+    Each rank's `part_bytes`, in rank order, lie in that rank's memory, and so does its part of what follows, which is
+    divided among them. Collective over the node; a rank may get None where others do not.
     """
-    rank, last = node.Get_rank(), node.Get_rank() == node.Get_size() - 1
+    rank, ranks = node.Get_rank(), node.Get_size()
     fd, problem = _attempt(lambda: _create(total_bytes)) if rank == 0 else (None, "")
     owner, owners_fd, identity = node.bcast((os.getpid(), fd, fd is not None and _identity(fd)))
     if owners_fd is None:
@@ -28,9 +28,14 @@ def map_shared(node: Any, part_bytes: int, total_bytes: int) -> tuple[torch.Tens
     if fd is None:
         node.Barrier()
         return None, problem
-    begin = rank * part_bytes
-    mine = (total_bytes if last else begin + part_bytes) - begin
-    _, problem = _attempt(lambda: os.posix_fallocate(fd, begin, mine))
+    common = ranks * part_bytes
+    begin, end = (common + (total_bytes - common) * r // ranks for r in (rank, rank + 1))
+
+    def take() -> None:
+        os.posix_fallocate(fd, rank * part_bytes, part_bytes)
+        os.posix_fallocate(fd, begin, end - begin)
+
+    _, problem = _attempt(take)
     if problem:
         free = os.statvfs(DIRECTORY)
         problem += f": {total_bytes / 1e6:.1f} MB are needed, {free.f_bavail * free.f_frsize / 1e6:.1f} MB are left"

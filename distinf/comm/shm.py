@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
+
+import torch
 
 from distinf.comm import ccl
 from distinf.comm.mpi import MPIGroup
@@ -24,18 +27,43 @@ class ShmGroup(MPIGroup):
         """Raises ValueError without the extension, and NoSharedMemory."""
         if not native.AVAILABLE:
             raise ValueError(f"--comm {self.name} needs the native extension; run `pip install .`")
-        node = self._node()
-        rank, ranks = node.Get_rank(), node.Get_size()
-        memory, problem = map_shared(node, native.AllReduce.PART_BYTES, native.AllReduce.memory_bytes(ranks))
-        for other, text in enumerate(self.all_gather_object(problem)):
-            if text:
-                raise NoSharedMemory(f"{text} (rank {other})")
-        assert memory is not None
+        self._mates = self._node()
+        rank, ranks = self._mates.Get_rank(), self._mates.Get_size()
+        capacity = native.AllReduce.LEAST_CAPACITY
+        memory, problem = self._map(capacity)
+        if memory is None:
+            raise NoSharedMemory(problem)
         self._memory = memory  # as long as the group: native code has its address
+        self._settled = False  # the rank has its cores, and its slots are near them
         several = ranks < self.world_size
         self.name = f"shm+{self.between}" if several else "shm"
         calls = self._inter_node(self._comm.Split(int(rank > 0), self.rank), rank == 0) if several else None
-        return native.AllReduce(memory.data_ptr(), rank, ranks, wire_bf16, several, calls)
+        return native.AllReduce(memory.data_ptr(), capacity, rank, ranks, wire_bf16, several, calls)
+
+    def make_room(self, numbers: int) -> str:
+        """See distinf.comm.Group. What there was before lies where the rank happened to be: none of it is kept."""
+        before, page = self.native.capacity, mmap.PAGESIZE // 4
+        wanted = max(-(-numbers // page) * page, before)
+        if self._settled and wanted == before:
+            return ""
+        self._settled = True
+        with self._waiting("start of collectives"):
+            memory, problem = self._map(wanted)
+            if memory is None:
+                wanted, (memory, _) = before, self._map(before)
+        if memory is not None:
+            self.native.move(memory.data_ptr(), wanted)
+            self._memory = memory
+        return problem
+
+    def _map(self, capacity: int) -> tuple[torch.Tensor | None, str]:
+        """The node's memory for slots of so many numbers; None, on every rank, and why, where a rank has no room."""
+        reduce = native.AllReduce
+        sizes = reduce.part_bytes(capacity), reduce.memory_bytes(self._mates.Get_size(), capacity)
+        memory, problem = map_shared(self._mates, *sizes)
+        problems = self._comm.allgather(problem)
+        text, rank = next(((text, rank) for rank, text in enumerate(problems) if text), ("", 0))
+        return (None, f"{text} (rank {rank})") if text else (memory, "")
 
     def _node(self) -> Any:
         """Communicator of the ranks that share memory: as MPI finds them, not by host names."""

@@ -26,6 +26,9 @@ class SingleGroup:
     def __init__(self, wire_bf16: bool = False) -> None:
         """Nothing travels: `wire_bf16` has no effect."""
 
+    def make_room(self, numbers: int) -> str:
+        return ""
+
     def all_reduce_(self, x: torch.Tensor) -> None:
         pass
 

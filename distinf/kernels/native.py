@@ -254,7 +254,7 @@ class NativeKernels:
     ) -> torch.Tensor | PartialSum:
         rows, n = len(x), weight.n
         assert plus is None or (plus.dtype == FP32 and plus.shape == (rows, n) and plus.is_contiguous())
-        fits = ranks.native is not None and rows * n <= AllReduce.CAPACITY
+        fits = ranks.native is not None and rows * n <= ranks.native.capacity
         if fits and weight.packed:
             added = _address(bias), _address(plus)
             self._rt.partial_linear(x.data_ptr(), x.stride(0), weight.packed, *added, rows, ranks.native)

@@ -15,6 +15,7 @@ from distinf.comm import Group, InputError, agreed, segment
 from distinf.comm.shm import ShmCclGroup, ShmGroup
 from distinf.kernels import Placement, load, native
 from distinf.kernels.formats import FORMATS
+from distinf.kernels.native import PartialSum
 from tests.conftest import need
 
 needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
@@ -136,6 +137,56 @@ def test_partial_linear_is_summed_by_settle_and_by_the_norms(wired: tuple[Group,
 
 
 @needs_extension
+@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["shm", "pairs"])
+def test_with_room_a_long_sum_is_not_copied(kind: str, wire: str) -> None:
+    """The same bits as in pieces. 2.3 MB: results of that length are stored past the caches."""
+    group = PAIRS.get(kind, ShmGroup)(wire == "bf16")
+    rows, k, n = 1400, 32, 416
+    kernels = load("native", "auto", "bf16", Placement((-1,), oversubscribed=True))
+    weight = kernels.pack(parts_of(group, n, k, seed=1)[group.rank].bfloat16(), FORMATS["bf16"])
+    x = parts_of(group, rows, k, seed=2)[group.rank].bfloat16()
+    short = kernels.record(lambda: kernels.settle(kernels.partial_linear(x[:3], weight, None, group)))
+    few, before = short.result.clone(), kernels.partial_linear(x, weight, None, group)
+    assert isinstance(before, torch.Tensor)
+    count = group.native.count
+    for _ in range(2):  # the second time there is nothing to do
+        assert group.make_room(rows * n) == "" and group.native.capacity >= rows * n
+        memory = group._memory.data_ptr()
+    assert group.native.count == count and group._memory.data_ptr() == memory
+    whole = kernels.partial_linear(x, weight, None, group)
+    assert isinstance(whole, PartialSum)
+    assert torch.equal(kernels.settle(whole), before)
+    assert torch.equal(short.replay(), few)
+    parts = parts_of(group, rows * n)
+    unaligned = parts[group.rank][3:-5]
+    group.all_reduce_(unaligned)
+    assert_sum(group, unaligned, [part[3:-5] for part in parts_of(group, rows * n)], wire)
+
+
+@needs_extension
+def test_without_room_long_sums_go_in_pieces(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, least = group.rank == group.world_size - 1, native.AllReduce.LEAST_CAPACITY
+    take = os.posix_fallocate
+
+    def nearly_full(fd: int, begin: int, size: int) -> None:
+        if last and size > native.AllReduce.part_bytes(least):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        take(fd, begin, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", nearly_full)
+    other = comm.init("shm")
+    first = other._memory
+    problem = other.make_room(3 * least)
+    assert problem.endswith(f"(rank {group.world_size - 1})") and len(set(group.all_gather_object(problem))) == 1
+    assert f"{native.AllReduce.memory_bytes(group.world_size, 3 * least) / 1e6:.1f} MB are needed" in problem
+    assert other.native.capacity == least and other._memory is not first
+    parts = parts_of(group, 3 * least)
+    other.all_reduce_(parts[group.rank])
+    assert_sum(other, parts[group.rank], parts_of(group, 3 * least), "fp32")
+
+
+@needs_extension
 def test_a_rank_without_a_part_adds_nothing(wired: tuple[Group, str]) -> None:
     group, _ = wired
     kernels = load("native", "auto", "bf16", Placement((-1,), oversubscribed=True))
@@ -182,7 +233,7 @@ def test_without_shared_memory_mpi_is_used_and_says_what_was_needed(
     assert torch.equal(x, torch.full((5,), float(group.world_size)))
     if group.rank == 0:
         (message,) = caplog.messages
-        needed = native.AllReduce.memory_bytes(group.world_size) / 1e6
+        needed = native.AllReduce.memory_bytes(group.world_size, native.AllReduce.LEAST_CAPACITY) / 1e6
         expected = {
             "no directory": "/nowhere",
             "no room": f"{needed:.1f} MB are needed",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from distinf import comm, kernels
-from distinf.binding import allowed_cores, memory_policy
+from distinf import LLM, comm, kernels
+from distinf.binding import allowed_cores, allowed_cpus, memory_policy
 from distinf.comm import Group
+from distinf.engine import PREFILL_ROWS
+from distinf.kernels import native
 from distinf.placement import Bound, bind
 
 
@@ -50,6 +54,29 @@ def test_memory_is_on_the_rank_s_node(group: Group, bound: Bound) -> None:
     if mine.policy != "unknown" and len(mine.nodes) == 1:
         assert mine.policy in (f"prefer:{mine.nodes[0]}", "default"), "prefer, unless the kernel forbids it"
         assert (mine.policy == "default") == any("memory policy could not be set" in w for w in bound.warnings)
+
+
+@pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+def test_slots_are_taken_when_a_rank_has_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page lies near the core that took it: all of what a model's sums go through is taken by the bound rank."""
+    taken: list[tuple[int, set[int], str]] = []
+    take = os.posix_fallocate
+
+    def watched(fd: int, begin: int, size: int) -> None:
+        taken.append((size, os.sched_getaffinity(0), memory_policy()))
+        take(fd, begin, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", watched)
+    two_units = json.loads(Path("tests/support/two_units.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(two_units | {"hidden_size": 512}))
+    group = comm.init("shm")
+    os.sched_setaffinity(0, allowed_cpus())  # as the launcher left it
+    taken.clear()
+    LLM(load_format="dummy", config=str(tmp_path / "config.json"), group=group)
+    capacity, rank, ranks = PREFILL_ROWS * 512, group.rank, group.world_size
+    common = [4 * capacity * r // ranks for r in (rank, rank + 1)]
+    assert [size for size, _, _ in taken] == [native.AllReduce.part_bytes(capacity), common[1] - common[0]]
+    assert all(where == [os.sched_getaffinity(0), memory_policy()] for _, *where in taken)
 
 
 def test_the_same_is_known_on_every_rank(group: Group, bound: Bound) -> None:

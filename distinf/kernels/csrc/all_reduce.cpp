@@ -20,15 +20,16 @@ constexpr int64_t kReadAllBytes = 64 << 10;
 
 }  // namespace
 
-AllReduce::AllReduce(char* memory, int rank, int ranks, bool bf16, bool nodes, InterNode inter_node)
-    : memory_(memory),
-      rank_(rank),
-      ranks_(ranks),
-      bf16_(bf16),
-      nodes_(nodes),
-      inter_node_(std::move(inter_node)),
-      slots_(ranks),
-      summed_(node_sum()) {}
+AllReduce::AllReduce(char* memory, int64_t capacity, int rank, int ranks, bool bf16, bool nodes, InterNode inter_node)
+    : rank_(rank), ranks_(ranks), bf16_(bf16), nodes_(nodes), inter_node_(std::move(inter_node)), slots_(ranks) {
+  move(memory, capacity);
+}
+
+void AllReduce::move(char* memory, int64_t capacity) {
+  memory_ = memory;
+  capacity_ = capacity;
+  node_sum_ = part(ranks_);
+}
 
 void AllReduce::arrive(Point point) { flag(rank_).stage.store(3 * (count() - 1) + point, std::memory_order_release); }
 
@@ -65,7 +66,7 @@ const Parts& AllReduce::exchange(const Worker& w, const KernelTable& kernels, in
   const int64_t bytes = n * (bf16_ ? 2 : 4);
   const bool in_pieces = ranks_ > 1 && (nodes_ || (ranks_ > 2 && ranks_ * bytes > kReadAllBytes));
   if (w.index == 0) {
-    for (int rank = 0; rank < ranks_; rank++) slots_[rank] = part(rank) + 4096 + turn_ * 4 * kCapacity;
+    for (int rank = 0; rank < ranks_; rank++) slots_[rank] = slot(rank);
     parts_ = {slots_.data(), ranks_, bf16_};
     turn_ ^= 1;
     count_.fetch_add(1, std::memory_order_relaxed);
@@ -80,7 +81,7 @@ const Parts& AllReduce::exchange(const Worker& w, const KernelTable& kernels, in
   if (w.index == 0 && (in_pieces || nodes_)) {
     if (in_pieces) {
       arrive(kPiecesSummed);
-      parts_ = {&summed_, 1, bf16_};
+      parts_ = {&node_sum_, 1, bf16_};
     }
     if (inter_node_) {
       if (in_pieces) wait_for(0, ranks_, kPiecesSummed, w.spins());
@@ -102,13 +103,13 @@ void AllReduce::sum_piece(const Worker& w, const KernelTable& kernels, int64_t n
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   const int64_t first = blocks * rank_ / ranks_, mine = blocks * (rank_ + 1) / ranks_ - first;
   const int64_t begin = (first + w.begin(mine)) * kBlock, end = std::min((first + w.end(mine)) * kBlock, n);
-  if (begin < end) kernels.sum_parts({slots_.data(), ranks_, bf16_}, begin, end, node_sum(), bf16_);
+  if (begin < end) kernels.sum_parts({slots_.data(), ranks_, bf16_}, begin, end, node_sum_, bf16_);
 }
 
 void AllReduce::sum(const Worker& w, const KernelTable& kernels, float* y, int64_t n) {
   const bool as_it_lies = ranks_ == 1 && !bf16_;  // nobody to meet here, nothing to convert
-  for (int64_t start = 0; start < n; start += kCapacity) {
-    const int64_t length = std::min(kCapacity, n - start);
+  for (int64_t start = 0; start < n; start += capacity_) {
+    const int64_t length = std::min(capacity_, n - start);
     if (as_it_lies) {
       if (w.index == 0 && inter_node_) between_nodes(y + start, length);
       continue;

@@ -20,20 +20,25 @@ using InterNode = std::function<void(void* data, int64_t n, bool bf16)>;
 
 class AllReduce {
  public:
-  // 1 MiB of fp32: every decode batch that is bound by memory fits (32 rows of 8192); longer vectors go through in
-  // pieces of this size, which stay in the second-level cache.
-  static constexpr int64_t kCapacity = 1 << 18;
+  // Numbers that a slot holds at least, 1 MiB of fp32: every decode batch that is bound by memory fits (32 rows of
+  // 8192). Longer vectors go through in pieces.
+  static constexpr int64_t kLeastCapacity = 1 << 18;
 
   // A rank's own part of the shared memory, and all of it: the ranks' parts, then the node's sum.
-  static constexpr int64_t kPartBytes = 4096 + 2 * 4 * kCapacity;
-  static int64_t memory_bytes(int ranks) { return ranks * kPartBytes + 4 * kCapacity; }
+  static int64_t part_bytes(int64_t capacity) { return 4096 + 2 * 4 * capacity; }
+  static int64_t memory_bytes(int ranks, int64_t capacity) { return ranks * part_bytes(capacity) + 4 * capacity; }
 
-  // `memory`: zeroed, memory_bytes(ranks), mapped by all `ranks` of this node. `inter_node` is empty on one node.
-  AllReduce(char* memory, int rank, int ranks, bool bf16, bool nodes, InterNode inter_node);
+  // `memory`, `capacity`: see `move`. `inter_node` is empty on one node.
+  AllReduce(char* memory, int64_t capacity, int rank, int ranks, bool bf16, bool nodes, InterNode inter_node);
+
+  // On to other memory, between two exchanges, the same two on all ranks: zeroed, memory_bytes(ranks, capacity), mapped
+  // by all `ranks` of this node. `capacity` fills whole pages and is not below the last one, which recorded steps rely on.
+  void move(char* memory, int64_t capacity);
 
   bool bf16() const { return bf16_; }
+  int64_t capacity() const { return capacity_; }
   // Where this rank's next partial sums go.
-  void* slot() const { return part(rank_) + 4096 + turn_ * 4 * kCapacity; }
+  void* slot() const { return slot(rank_); }
 
   // Every worker calls it, after a barrier that ends the writing of n numbers to slot(). The parts hold until the
   // next exchange.
@@ -56,9 +61,9 @@ class AllReduce {
   // An exchange has three meeting points; a flag counts all of them.
   enum Point { kSlotsWritten = 1, kPiecesSummed = 2, kNodesSummed = 3 };
 
-  char* part(int rank) const { return memory_ + rank * kPartBytes; }
+  char* part(int rank) const { return memory_ + rank * part_bytes(capacity_); }
   Flag& flag(int rank) const { return *reinterpret_cast<Flag*>(part(rank)); }
-  void* node_sum() const { return memory_ + ranks_ * kPartBytes; }
+  void* slot(int rank) const { return part(rank) + 4096 + turn_ * 4 * capacity_; }
   void arrive(Point point);
   bool has_arrived(int rank, uint64_t stage) const;
   void wait_for(int first, int last, Point point, int spins);
@@ -66,12 +71,13 @@ class AllReduce {
   void sum_piece(const Worker& w, const KernelTable& kernels, int64_t n) const;
 
   char* memory_;
+  int64_t capacity_;
   int rank_, ranks_;
   bool bf16_, nodes_;
   InterNode inter_node_;
   int turn_ = 0;                    // which of the two slots is next
   std::vector<const void*> slots_;  // of all ranks, in this exchange
-  const void* summed_;              // node_sum(), to point at
+  void* node_sum_;                  // behind the ranks' parts
   Parts parts_{};
   int64_t waited_ns_ = 0;
   std::atomic<int64_t> count_{0};  // exchanges begun

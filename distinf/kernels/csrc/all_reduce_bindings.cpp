@@ -29,15 +29,16 @@ InterNode to_inter_node(const Calls& calls) {
 }
 
 // Seconds that each of `repeats` sums takes as a step has them, one after the other: from partial sums written, which
-// is not counted, to a sum that can be read (or is in y). y[n] is memory to work on.
+// is not counted, on all ranks to a sum that can be read (or is in y). y[n] is memory to work on.
 std::vector<double> time_s(AllReduce& self, uintptr_t y, int64_t n, int repeats) {
   using Clock = std::chrono::steady_clock;
   const Worker alone{0, 1, nullptr};
   auto* data = reinterpret_cast<float*>(y);
   std::vector<double> seconds(repeats);
   for (double& s : seconds) {
-    const bool fits = n <= AllReduce::kCapacity;
+    const bool fits = n <= self.capacity();
     std::memset(fits ? self.slot() : data, 0, n * (fits && self.bf16() ? 2 : 4));
+    for (int i = 0; i < 2; i++) self.exchange(alone, best_kernels(), 1);  // to start together; the slot is as before
     const auto start = Clock::now();
     if (fits) {
       const Parts& parts = self.exchange(alone, best_kernels(), n);
@@ -61,15 +62,23 @@ void bind_all_reduce(py::module_& m) {
       .def(py::init<uintptr_t, uintptr_t, uintptr_t>(), py::arg("fp32"), py::arg("bf16"), py::arg("context"));
 
   py::class_<AllReduce>(m, "AllReduce")
-      .def_static("memory_bytes", &AllReduce::memory_bytes, py::arg("ranks"))
-      .def_readonly_static("PART_BYTES", &AllReduce::kPartBytes)
-      .def_readonly_static("CAPACITY", &AllReduce::kCapacity)
-      .def(py::init([](uintptr_t memory, int rank, int ranks, bool bf16, bool nodes, const Calls& inter_node) {
-             return std::make_unique<AllReduce>(reinterpret_cast<char*>(memory), rank, ranks, bf16, nodes,
+      .def_static("part_bytes", &AllReduce::part_bytes, py::arg("capacity"))
+      .def_static("memory_bytes", &AllReduce::memory_bytes, py::arg("ranks"), py::arg("capacity"))
+      .def_readonly_static("LEAST_CAPACITY", &AllReduce::kLeastCapacity)
+      .def(py::init([](uintptr_t memory, int64_t capacity, int rank, int ranks, bool bf16, bool nodes,
+                       const Calls& inter_node) {
+             return std::make_unique<AllReduce>(reinterpret_cast<char*>(memory), capacity, rank, ranks, bf16, nodes,
                                                 to_inter_node(inter_node));
            }),
-           py::arg("memory"), py::arg("rank"), py::arg("ranks"), py::arg("bf16"), py::arg("nodes"),
+           py::arg("memory"), py::arg("capacity"), py::arg("rank"), py::arg("ranks"), py::arg("bf16"), py::arg("nodes"),
            py::arg("inter_node"))
+      .def(
+          "move",
+          [](AllReduce& self, uintptr_t memory, int64_t capacity) {
+            self.move(reinterpret_cast<char*>(memory), capacity);
+          },
+          py::arg("memory"), py::arg("capacity"))
+      .def_property_readonly("capacity", &AllReduce::capacity)
       .def(
           "sum_",
           [](AllReduce& self, uintptr_t y, int64_t n) {

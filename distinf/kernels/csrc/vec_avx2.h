@@ -14,6 +14,7 @@ inline Vec load(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline void store_past_caches(float* p, Vec v) { _mm256_stream_ps(p, v); }  // p is aligned
 // Rounds to the nearest whole number, ties to even; lanes must be in [-128, 127].
 inline void store(int8_t* p, Vec v) {
   const __m256i whole = _mm256_cvtps_epi32(v);

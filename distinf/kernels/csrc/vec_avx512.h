@@ -15,6 +15,7 @@ inline Vec load(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void store_past_caches(float* p, Vec v) { _mm512_stream_ps(p, v); }  // p is aligned
 // Rounds to the nearest whole number, ties to even; lanes must be in [-128, 127].
 inline void store(int8_t* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
