@@ -41,8 +41,8 @@ class AllReduce {
   void* slot() const { return slot(rank_); }
 
   // Every worker calls it, after a barrier that ends the writing of n numbers to slot(). The parts hold until the
-  // next exchange.
-  const Parts& exchange(const Worker& w, const KernelTable& kernels, int64_t n);
+  // next exchange. `own`: another place where this rank's numbers lie, the same bits as in its slot, to read them from.
+  const Parts& exchange(const Worker& w, const KernelTable& kernels, int64_t n, const void* own = nullptr);
 
   // y[n] = sum over ranks, for any n. Every worker calls it.
   void sum(const Worker& w, const KernelTable& kernels, float* y, int64_t n);
@@ -68,6 +68,8 @@ class AllReduce {
   bool has_arrived(int rank, uint64_t stage) const;
   void wait_for(int first, int last, Point point, int spins);
   void between_nodes(void* data, int64_t n);
+  // y[n] into the slot.
+  void put(const Worker& w, const KernelTable& kernels, const float* y, int64_t n) const;
   void sum_piece(const Worker& w, const KernelTable& kernels, int64_t n) const;
 
   char* memory_;
