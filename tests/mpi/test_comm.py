@@ -149,17 +149,17 @@ def test_with_room_a_long_sum_is_not_copied(kind: str, wire: str) -> None:
     short = kernels.record(lambda: kernels.settle(kernels.partial_linear(x[:3], weight, None, group)))
     few, before = short.result.clone(), kernels.partial_linear(x, weight, None, group)
     assert isinstance(before, torch.Tensor)
-    count = group.native.count
-    for _ in range(2):  # the second time there is nothing to do
-        assert group.make_room(rows * n) == "" and group.native.capacity >= rows * n
-        memory = group._memory.data_ptr()
-    assert group.native.count == count and group._memory.data_ptr() == memory
+    least, count = native.AllReduce.LEAST_CAPACITY, group.native.count
+    for numbers, capacity, anew in [(1, least, True), (rows * n, 1049600, True), (rows * n, 1049600, False)]:
+        memory = group._memory
+        assert group.make_room(numbers) == "" and group.native.capacity == capacity  # whole pages
+        assert (group._memory is not memory) == anew  # the first time because the rank has its cores now
+    assert group.native.count == count
     whole = kernels.partial_linear(x, weight, None, group)
     assert isinstance(whole, PartialSum)
     sums = kernels.settle(whole)
     assert all(torch.equal(other, sums) for other in group.all_gather(sums))
     # The last piece is short: every rank reads all of it, with one rounding to bf16 less.
-    least = native.AllReduce.LEAST_CAPACITY
     same = rows * n if wire == "fp32" else rows * n // least * least
     assert torch.equal(sums.flatten()[:same], before.flatten()[:same])
     assert torch.equal(short.replay(), few)

@@ -68,7 +68,7 @@ def test_slots_are_taken_when_a_rank_has_its_cores(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "posix_fallocate", watched)
     two_units = json.loads(Path("tests/support/two_units.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(two_units | {"hidden_size": 512}))
+    (tmp_path / "config.json").write_text(json.dumps(two_units | {"hidden_size": 512, "intermediate_size": 512}))
     group = comm.init("shm")
     os.sched_setaffinity(0, allowed_cpus())  # as the launcher left it
     taken.clear()
