@@ -16,6 +16,7 @@ from distinf.config import RunConfig
 from distinf.engine import Sequence
 from distinf.models.params import Param
 from distinf.plan import Plan
+from distinf.tokenizer import Tokenizer
 from distinf.weights import Checkpoint, open_checkpoint
 from distinf.weights.gguf_config import ARCHITECTURES
 from tests import checkpoint_files as files
@@ -110,3 +111,9 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path) ->
     path.write_bytes(path.read_bytes().replace(b"llama", b"bloom", 1))
     with pytest.raises(ValueError, match=r"model.gguf: GGUF architecture 'bloom' is not supported; .* llama, qwen2, "):
         open_checkpoint(path, "auto", None, None)
+
+
+def test_a_vocabulary_that_lacks_its_last_token_is_named(tmp_path: Path) -> None:
+    _, path = write("qwen2", tmp_path)
+    with pytest.raises(ValueError, match=r"model.gguf: no usable tokenizer \("):
+        Tokenizer(path)
