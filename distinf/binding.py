@@ -74,7 +74,7 @@ def read_back(
     )
 
 
-def offer(rank: int, machine: Machine) -> Offer:
+def offer(rank: int, machine: Machine, one_core: bool) -> Offer:
     """What the launcher left to this process, and what it had itself."""
     try:
         launcher = os.sched_getaffinity(os.getppid())
@@ -82,7 +82,7 @@ def offer(rank: int, machine: Machine) -> Offer:
         launcher = set(allowed_cpus())
     room = len(machine.one_cpu_of_each_core(launcher))
     # Under srun the parent is Slurm's own daemon, which may use the whole machine.
-    return Offer(rank, allowed_cores(), min(room, int(os.environ.get("SLURM_CPUS_ON_NODE", room))))
+    return Offer(rank, allowed_cores(), min(room, int(os.environ.get("SLURM_CPUS_ON_NODE", room))), one_core)
 
 
 @cache

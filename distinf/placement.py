@@ -25,14 +25,17 @@ class Bound:
     warnings: list[str]  # the same on every rank
 
 
-def bind(group: Group, threads: int, membind: str, load: Callable[[Placement], Kernels]) -> Bound:
+def bind(
+    group: Group, threads: int, membind: str, load: Callable[[Placement], Kernels], one_core: bool = False
+) -> Bound:
     """Choose this rank's cores and memory, bind to them, start its kernels there, and read all back. Collective.
 
-    Ranks of a node share its cores by what the launcher left to each; `threads` as in `topology.place`,
-    `membind` as in `binding.bind_memory`. Raises InputError for a placement, or kernels, that cannot be had.
+    Ranks of a node share its cores by what the launcher left to each; `threads` as in `topology.place`, `one_core` as
+    in `topology.Offer`, `membind` as in `binding.bind_memory`. Raises InputError for a placement, or kernels, that
+    cannot be had.
     """
     machine = Machine.read()
-    offers, mates = group.all_gather_object(offer(group.rank, machine)), group.node_mates()
+    offers, mates = group.all_gather_object(offer(group.rank, machine, one_core)), group.node_mates()
     near = [offers[mate] for mate in mates]
     cpus, crowded = agreed(group, lambda: place(near, mates.index(group.rank), threads, machine.levels))
     own = sorted(allowed_cpus()) if -1 in cpus else cpus

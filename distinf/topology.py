@@ -156,6 +156,7 @@ class Offer:
     rank: int
     cores: list[int]  # a CPU of each core that the rank may use
     launcher_cores: int  # that the launcher itself may use on this machine
+    one_core: bool = False  # its work is done elsewhere, on a GPU: one core is enough
 
 
 def place(
@@ -173,11 +174,23 @@ def place(
     mine = offers[index].cores
     alike = [i for i, offer in enumerate(offers) if offer.cores == mine]
     position, crowded = alike.index(index), len(mine) < len(alike)
-    own = [mine[position % len(mine)]] if crowded else divide(mine, len(alike), levels)[position]
+    one_core = [offers[i].one_core for i in alike]
+    own = [mine[position % len(mine)]] if crowded else _parts(mine, one_core, levels)[position]
+    if offers[index].one_core:
+        threads = min(threads, len(own))
     shared = crowded or len(_sharing(offers, index)) > len(alike)
     if threads > len(own):
         return (-1,) * threads, True
     return tuple(own[: threads or None]), shared
+
+
+def _parts(cores: list[int], one_core: list[bool], levels: Sequence[Mapping[int, int]]) -> list[list[int]]:
+    """A part for each rank: the last cores for those that need only one; the others divide the rest."""
+    few = sum(one_core)
+    if few in (0, len(one_core)):
+        return divide(cores, len(one_core), levels)
+    rest, last = iter(divide(cores[:-few], len(one_core) - few, levels)), iter(cores[-few:])
+    return [[next(last)] if one else next(rest) for one in one_core]
 
 
 def _sharing(offers: list[Offer], index: int) -> list[int]:

@@ -133,6 +133,23 @@ def test_fewer_threads_than_cores_take_the_first_ones() -> None:
     assert place([Offer(0, [0, 1, 2, 3], 4)], 0, 2, ()) == ((0, 1), False)
 
 
+def test_a_rank_with_a_gpu_leaves_the_cores_to_the_others() -> None:
+    cores, levels = [0, 1, 2, 3, 4, 5, 6, 7], ({core: core // 4 for core in range(8)},)
+    for on_gpu in ([False, True, False], [True, False, False]):
+        offers = [Offer(rank, cores, 8, one_core) for rank, one_core in enumerate(on_gpu)]
+        placed = [place(offers, rank, 0, levels) for rank in range(3)]
+        assert [cpus for one_core, (cpus, _) in zip(on_gpu, placed, strict=True) if one_core] == [(7,)]
+        assert [cpus for one_core, (cpus, _) in zip(on_gpu, placed, strict=True) if not one_core] == [
+            (0, 1, 2, 3),
+            (4, 5, 6),
+        ]
+    assert place(offers, 0, 4, levels) == ((7,), False) and place(offers, 1, 3, levels) == ((0, 1, 2), False)
+    alone = [Offer(0, cores, 8, True)]
+    assert place(alone, 0, 0, levels) == (tuple(cores), False)
+    crowded = [Offer(rank, [5], 1, rank == 1) for rank in range(2)]
+    assert [place(crowded, rank, 0, levels) for rank in range(2)] == [((5,), True)] * 2
+
+
 def test_more_threads_than_cores_are_not_pinned() -> None:
     assert place([Offer(0, [0, 1], 2)], 0, 4, ()) == ((-1,) * 4, True)
 
