@@ -44,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that choose the model and how it is run; also those of perf/latency.py."""
     add_weight_arguments(parser)
     parser.add_argument(
-        "--device", action="append", default=[], metavar="[RANK=]cpu|emulated:speed=S,...",
+        "--device", action="append", default=[], metavar="[RANK=]cpu|cuda[:N]|emulated:speed=S,...",
         help="what a rank (default: the last) computes on; once for each rank that is no cpu",
     )  # fmt: skip
     parser.add_argument(
@@ -52,6 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="part of the rank with a --device: of all, or of attention, FFN, head; auto: see distinf tune",
     )  # fmt: skip
     parser.add_argument("--gpu-memory-gb", type=float, metavar="GB", help="most for the weights on a --device")
+    parser.add_argument("--gpu-stream-all", action="store_true", help="keep no weights on the GPU: for comparison")
     parser.add_argument("--tune-cache", default=CACHE_DIR, metavar="DIR", help="what auto found (default: %(default)s)")
     parser.add_argument("--comm", default="auto", metavar=_COMMS, help="collectives (default: %(default)s)")
     parser.add_argument(
@@ -132,7 +133,7 @@ def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
 # Flags that shares depend on, besides those that `tune_cached` is given.
 _TUNED_FOR = (
     "model", "dtype", "head_dtype", "group_size", "zero_points", "device", "comm_dtype", "kernels", "isa", "threads",
-    "membind", "capture", "load_format", "kv_dtype", "config", "num_layers",
+    "membind", "capture", "gpu_stream_all", "load_format", "kv_dtype", "config", "num_layers",
 )  # fmt: skip
 
 
@@ -146,11 +147,11 @@ def loader(args: argparse.Namespace, group: Group, kv_tokens: int, pack_cache: s
         return LLM(
             args.model, dtype=args.dtype, head_dtype=args.head_dtype, group_size=args.group_size,
             zero_points=args.zero_points, shares=shares or asked, devices=devices or args.device,
-            gpu_fraction=fraction, gpu_memory_gb=args.gpu_memory_gb, kernels=args.kernels, isa=args.isa,
-            threads=args.threads, load_format=args.load_format, kv_dtype=args.kv_dtype, config=args.config,
-            num_layers=args.num_layers, membind=args.membind, group=group, capture=args.capture,
-            timeout_s=args.timeout, kv_tokens=kv_tokens, progress=sys.stderr.isatty(), notify=notify,
-            pack_cache=pack_cache, expert_parallel=args.expert_parallel,
+            gpu_fraction=fraction, gpu_memory_gb=args.gpu_memory_gb, gpu_stream_all=args.gpu_stream_all,
+            kernels=args.kernels, isa=args.isa, threads=args.threads, load_format=args.load_format,
+            kv_dtype=args.kv_dtype, config=args.config, num_layers=args.num_layers, membind=args.membind, group=group,
+            capture=args.capture, timeout_s=args.timeout, kv_tokens=kv_tokens, progress=sys.stderr.isatty(),
+            notify=notify, pack_cache=pack_cache, expert_parallel=args.expert_parallel,
         )  # fmt: skip
 
     return load

@@ -145,6 +145,7 @@ class RunConfig:
     expert_parallel: bool = False  # a rank has some experts whole, instead of columns of each
     capture: bool = True  # record the decode step once and replay it
     gpu_memory_gb: float | None = None  # most that the linears of a rank with a device may take; None: no limit
+    gpu_stream_all: bool = False  # keep no weights on a GPU: the baseline of offloading
     kv_dtype: str = "bf16"  # of the KV cache: as computed (bf16, with --dtype fp32 fp32) or int8
     membind: str = "auto"  # memory policy: of the cores' NUMA node, of the nearest HBM, or not set
     timeout_s: float = 60  # longest wait for other ranks once the model is loaded
@@ -167,6 +168,8 @@ class RunConfig:
             raise ValueError("--kv-dtype int8 and --dtype fp32: expected --kv-dtype bf16 or another --dtype")
         if self.gpu_memory_gb is not None and not self.gpu_memory_gb > 0:
             raise ValueError(f"--gpu-memory-gb {self.gpu_memory_gb}: expected a number above 0")
+        if self.gpu_stream_all and all(device.kind != "cuda" for device in self.devices):
+            raise ValueError("--gpu-stream-all is about a GPU; expected --device cuda with it")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")
         if not 0 < self.timeout_s < math.inf:

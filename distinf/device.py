@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from math import isfinite
 from typing import Any
 
-KINDS = ("cpu", "emulated")
+KINDS = ("cpu", "cuda", "emulated")
 PHASES = ("attention", "ffn", "vocab")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Of one rank. The numbers are those of an emulated one: see distinf.kernels.emulated."""
+    """Of one rank. The numbers after `index` are those of an emulated one: see distinf.kernels.emulated."""
 
     kind: str = "cpu"
+    index: int = 0  # of a cuda device on its host
     speed: float = 1.0  # GEMM speed, in ranks of `kind` cpu
     latency_us: float = 0.0  # added to every phase in which the rank has work
     link_gb_s: float = 0.0  # of what crosses to the device and back; 0: nothing has to cross
@@ -25,8 +27,8 @@ class Device:
 
     def __str__(self) -> str:
         """As on the command line."""
-        if self.kind == "cpu":
-            return "cpu"
+        if self.kind != "emulated":
+            return f"cuda:{self.index}" if self.kind == "cuda" else "cpu"
         return f"{self.kind}:" + ",".join(f"{key}={getattr(self, key):g}" for key in _EMULATED)
 
 
@@ -36,8 +38,8 @@ _EMULATED = ("speed", "latency_us", "link_gb_s", "read_gb_s", "tflops")
 def parse_devices(texts: Sequence[str], world_size: int) -> tuple[Device, ...]:
     """`["1=emulated:speed=4,latency_us=25"]` -> one Device a rank; those that are not named are cpu.
 
-    Each text is `[RANK=]cpu|emulated[:KEY=NUMBER,...]`; without RANK the last rank is meant. Raises ValueError naming
-    `--device` for anything else.
+    Each text is `[RANK=]cpu|cuda[:INDEX]|emulated[:KEY=NUMBER,...]`; without RANK the last rank is meant. Raises
+    ValueError naming `--device` for anything else.
     """
     devices = [Device()] * world_size
     named: set[int] = set()
@@ -47,7 +49,21 @@ def parse_devices(texts: Sequence[str], world_size: int) -> tuple[Device, ...]:
             raise ValueError(f"--device {text!r}: rank {rank} has a device already")
         named.add(rank)
         devices[rank] = device
+    if {"cuda", "emulated"} <= {device.kind for device in devices}:
+        raise ValueError("--device cuda and --device emulated in one job: expected one or the other")
     return tuple(devices)
+
+
+def check_gpus(devices: Sequence[Device], mates: Sequence[int]) -> None:
+    """Raises ValueError when two of the ranks `mates`, which are on one host, have the same GPU."""
+    owners: dict[int, int] = {}
+    for rank in mates:
+        device = devices[rank]
+        if device.kind == "cuda" and owners.setdefault(device.index, rank) != rank:
+            raise ValueError(
+                f"--device: ranks {owners[device.index]} and {rank} of {os.uname().nodename} are both on {device}; "
+                f"expected another one, such as {rank}=cuda:{device.index + 1}"
+            )
 
 
 def _parse(text: str, world_size: int) -> tuple[int, Device]:
@@ -58,9 +74,13 @@ def _parse(text: str, world_size: int) -> tuple[int, Device]:
         rank, rest = world_size - 1, text
     if rank >= world_size:
         raise ValueError(f"--device {text!r}: there are {world_size} ranks, 0 to {world_size - 1}")
-    kind, _, numbers = rest.partition(":")
+    kind, colon, numbers = rest.partition(":")
     if kind not in KINDS:
-        raise ValueError(f"--device {text!r}: expected [RANK=]{'|'.join(KINDS)}, such as 1=emulated:speed=4")
+        raise ValueError(f"--device {text!r}: expected [RANK=]{'|'.join(KINDS)}, such as 1=cuda:0 or emulated:speed=4")
+    if kind == "cuda":
+        if colon and not numbers.isdecimal():
+            raise ValueError(f"--device {text!r}: {numbers!r} is no index of a GPU; expected a number, such as cuda:0")
+        return rank, Device(kind, int(numbers or 0))
     known = _EMULATED if kind == "emulated" else ()
     return rank, Device(kind, **dict(_number(text, part, known) for part in filter(None, numbers.split(","))))
 

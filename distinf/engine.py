@@ -190,7 +190,7 @@ class Engine:
         """Room for one sequence of each length, this rank's heads."""
         config, shard = self._model.config, self._model.shard
         sizes = config.n_layers, len(shard.kv_heads), config.head_dim
-        return KVCache(*sizes, max_lengths, self._kv_dtype, latent=config.mla is not None)
+        return KVCache(*sizes, max_lengths, self._kv_dtype, config.mla is not None, self._kernels.empty)
 
     def _finished(self, sequence: Sequence, params: SamplingParams) -> str | None:
         if sequence.generated[-1] in self._model.config.eos_ids and not params.ignore_eos:

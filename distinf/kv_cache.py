@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from distinf.kernels.batch import LayerCache
@@ -19,19 +21,20 @@ class KVCache:
         head_dim: int,
         max_lengths: list[int],
         dtype: torch.dtype,
-        latent: bool = False,
+        latent: bool,
+        empty: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
     ) -> None:
         """Room for sequences of `max_lengths` tokens each, in `dtype` (int8: with a scale for each token and head).
 
-        `latent`: values lie within the keys and need no memory of their own. Memory is touched only as positions are
-        written.
+        `latent`: values lie within the keys and need no memory of their own. Memory comes from `empty` (Kernels.empty)
+        and is touched only as positions are written.
         """
         blocks = [-(-n // BLOCK_SIZE) for n in max_lengths]
         self.max_length = max(blocks) * BLOCK_SIZE  # of any sequence
         shape = (sum(blocks), n_kv_heads_local, BLOCK_SIZE, head_dim)
 
         def half() -> tuple[torch.Tensor, torch.Tensor | None]:
-            return torch.empty(shape, dtype=dtype), torch.empty(shape[:3]) if dtype == torch.int8 else None
+            return empty(shape, dtype), empty(shape[:3], torch.float32) if dtype == torch.int8 else None
 
         def layer() -> LayerCache:
             k, k_scale = half()

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,15 +15,18 @@ from distinf import __version__, comm
 from distinf import kernels as kernel_library
 from distinf.comm import LOADING_TIMEOUT_S, Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
-from distinf.device import Device, device_rank, parse_devices, parse_fractions, with_rates
+from distinf.device import Device, check_gpus, device_rank, parse_devices, parse_fractions, with_rates
 from distinf.engine import PREFILL_ROWS, Engine, Sequence
-from distinf.kernels import Kernels, native
+from distinf.kernels import Kernels, Placement, native
+from distinf.kernels.cuda import CudaKernels
 from distinf.kernels.emulated import HEADROOM, emulated, measure_rates, world_rates
 from distinf.kernels.formats import Format
+from distinf.kernels.gpu import Gpu
+from distinf.kernels.stream import check_limit
 from distinf.memory import available_bytes, check_memory
 from distinf.models import Model
 from distinf.models.params import Weights
-from distinf.placement import bind, describe, remote_memory
+from distinf.placement import Bound, bind, describe, remote_memory
 from distinf.plan import Plan, parse
 from distinf.sampling import SamplingParams
 from distinf.shard import PhaseShares, parse_shares
@@ -73,12 +76,13 @@ def load_model(
     """
     _, config = agreed(group, lambda: parse(checkpoint.config))
     _check_same(group, config, run)
-    bound = bind(group, run.threads, run.membind, lambda p: kernel_library.load(run.kernels, run.isa, run.dtype, p))
+    mates = group.node_mates()
+    agreed(group, lambda: check_gpus(run.devices, mates))
+    bound = bind_rank(run, group)
     plan = agreed(group, lambda: Plan.of(checkpoint, run))
     kernels, devices = on_device(bound.kernels, run.devices, plan.body_format, group)
-    agreed(group, lambda: _check_device_memory(run, group.rank, plan.linear_bytes(group.rank, kernels.act_dtype)))
+    agreed(group, lambda: _check_device_memory(run, group.rank, plan.layer_bytes(group.rank, kernels.act_dtype)))
     needs = group.all_gather_object(plan.need(group.rank, kv_tokens, kernels.act_dtype))
-    mates = group.node_mates()
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     slots = group.make_room(PREFILL_ROWS * config.hidden)  # after `bind`: near this rank's cores
     slow = [f"sums of a prefill go through in pieces: {slots}"] if slots else []
@@ -93,6 +97,22 @@ def load_model(
         notify(f"warning: {text}")
     model = plan.family.build(config, plan.shards[group.rank], weights, kernels, group)
     return LoadedModel(model, kernels, weights, plan, devices)
+
+
+def bind_rank(run: RunConfig, group: Group) -> Bound:
+    """This rank's kernels, on its own cores: one for a rank that computes on a GPU. Collective."""
+    load, on_gpu = partial(rank_kernels, run, group.rank), run.devices[group.rank].kind == "cuda"
+    return bind(group, run.threads, run.membind, load, on_gpu)
+
+
+def rank_kernels(run: RunConfig, rank: int, placement: Placement) -> Kernels:
+    """What a rank computes with. Raises ValueError where that cannot be had."""
+    device = run.devices[rank]
+    if device.kind != "cuda":
+        return kernel_library.load(run.kernels, run.isa, run.dtype, placement)
+    act_dtype = torch.float32 if run.dtype == "fp32" else torch.bfloat16
+    limit = None if run.gpu_memory_gb is None else 1e9 * run.gpu_memory_gb
+    return CudaKernels(Gpu(device.index), act_dtype, len(placement.cpus), limit, run.gpu_stream_all)
 
 
 def on_device(
@@ -134,9 +154,16 @@ def cache_dtype(run: RunConfig, kernels: Kernels) -> torch.dtype:
     return torch.int8 if run.kv_dtype == "int8" else kernels.act_dtype
 
 
-def _check_device_memory(run: RunConfig, rank: int, nbytes: int) -> None:
-    """Raises ValueError when the linears of a rank with a device are too large for --gpu-memory-gb."""
-    if run.gpu_memory_gb is not None and run.devices[rank].kind != "cpu" and nbytes > 1e9 * run.gpu_memory_gb:
+def _check_device_memory(run: RunConfig, rank: int, layer_bytes: list[int]) -> None:
+    """Raises ValueError when the linears of a rank with a device are too large for --gpu-memory-gb: all together, or
+    on a GPU, where they can be streamed, the buffers for that.
+    """
+    kind, nbytes = run.devices[rank].kind, sum(layer_bytes)
+    if run.gpu_memory_gb is None or kind == "cpu" or run.gpu_stream_all:
+        return
+    if kind == "cuda":
+        check_limit(layer_bytes, 1e9 * run.gpu_memory_gb)
+    elif nbytes > 1e9 * run.gpu_memory_gb:
         raise ValueError(
             f"--gpu-memory-gb {run.gpu_memory_gb:g}: rank {rank}'s share takes {nbytes / 1e9:.3f} GB; "
             "expected a smaller --gpu-fraction, or auto"
@@ -188,6 +215,7 @@ class LLM:
         devices: list[str] | tuple[Device, ...] = (),
         gpu_fraction: str | None = None,
         gpu_memory_gb: float | None = None,
+        gpu_stream_all: bool = False,
         kernels: str = "auto",
         isa: str = "auto",
         threads: int = 0,
@@ -210,9 +238,10 @@ class LLM:
         the same, int8 for w8a8); `group_size` and `zero_points` are those of the quantised ones. `kv_dtype` int8
         halves the KV cache. `shares` is one number for each rank ("3,1"; None: equal), or what the tuner found.
         `expert_parallel` gives whole experts to ranks, by their FFN shares, instead of columns of each.
-        `devices` are ranks that are no plain cpu ("1=emulated:speed=4": rank 1); `gpu_fraction` is what the one such
-        rank takes ("0.3", or "0.2,0.5,0" of attention, FFN and vocabulary), the others sharing the rest, and
-        `gpu_memory_gb` the most its weights may be.
+        `devices` are ranks that are no plain cpu ("1=cuda:0", "1=emulated:speed=4": rank 1); `gpu_fraction` is what the
+        one such rank takes ("0.3", or "0.2,0.5,0" of attention, FFN and vocabulary), the others sharing the rest, and
+        `gpu_memory_gb` the most that weights may take there: on a GPU the rest is streamed, with `gpu_stream_all`
+        everything.
 
         `load_format` "dummy" makes random weights of the shape in `config` (a config.json; None: the model's own),
         of `num_layers` layers when given. `capture` False runs decode steps eagerly instead of replaying a recorded
@@ -236,8 +265,8 @@ class LLM:
             lambda: RunConfig(
                 dtype=dtype, head_dtype=head_dtype, group_size=group_size, zero_points=zero_points, shares=of,
                 devices=on, kernels=kernels, isa=isa, threads=threads, load_format=load_format, capture=capture,
-                gpu_memory_gb=gpu_memory_gb, kv_dtype=kv_dtype, membind=membind, timeout_s=timeout_s,
-                expert_parallel=expert_parallel,
+                gpu_memory_gb=gpu_memory_gb, gpu_stream_all=gpu_stream_all, kv_dtype=kv_dtype, membind=membind,
+                timeout_s=timeout_s, expert_parallel=expert_parallel,
             ),
         )  # fmt: skip
         self.group.timeout_s = timeout_s

@@ -14,7 +14,7 @@ from distinf.kernels.formats import Format
 from distinf.kv_cache import KVCache
 from distinf.memory import MemoryNeed
 from distinf.models import Family, family
-from distinf.models.params import Param
+from distinf.models.params import Param, by_layer
 from distinf.shard import TILE, PhaseShares, Shard, ShardPlan
 from distinf.weights import Checkpoint
 from distinf.weights.load import Cuts, check_groups, formats_of, weight_bytes
@@ -69,10 +69,10 @@ class Plan:
         """Of the first layer's first split linear: what most of the model is in."""
         return next(self.formats[p.name] for p in self.params if p.columns is not None)
 
-    def linear_bytes(self, rank: int, act_dtype: torch.dtype) -> int:
-        """What a rank multiplies with."""
-        linears = [p for p in self.params_of(rank) if p.kind == "linear"]
-        return weight_bytes(linears, self.cuts(rank), self.formats, act_dtype)
+    def layer_bytes(self, rank: int, act_dtype: torch.dtype) -> list[int]:
+        """What a rank multiplies with, layer by layer, the head last."""
+        layers = by_layer([p for p in self.params_of(rank) if p.kind == "linear"])
+        return [weight_bytes(layer, self.cuts(rank), self.formats, act_dtype) for layer in layers]
 
     def table_bytes(self, act_dtype: torch.dtype) -> int:
         """The embedding table: mapped from the file and shared by the ranks of a machine where it is in act_dtype."""

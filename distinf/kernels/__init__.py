@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from distinf.kernels import ipex, native
+from distinf.kernels.batch import Batch
 from distinf.kernels.formats import Format, Numbers
 from distinf.kernels.ranks import Ranks
 from distinf.kernels.reference import ReferenceKernels
@@ -70,10 +71,11 @@ class ReadProbe(Protocol):
 class Kernels(Protocol):
     """The ops. All tensors are contiguous in their last dimension; shapes are asserted, not broadcast."""
 
-    name: str  # "native", "reference" or "ipex"
+    name: str  # "native", "reference", "ipex" or "cuda"
     isa: str  # instruction set really used
     threads: int
     act_dtype: torch.dtype  # bf16, or fp32 where the run asked for it
+    device: torch.device  # where the ops' tensors lie; token ids, tables and batches come from the host
 
     def thread_ids(self) -> list[int]:
         """The kernel's ids of the threads that compute, the caller's first; only that one where torch has them."""
@@ -83,6 +85,15 @@ class Kernels(Protocol):
 
     def pack(self, weight: torch.Tensor, form: Format, gated: bool = False) -> Any:
         """[n, k] fp32 or bf16, rows may be strided -> PackedWeight, quantised as `form` says; n or k may be 0."""
+
+    def arrange(self, groups: Sequence[Sequence[Any]]) -> None:
+        """Every weight is packed: those of each layer together, in the order of use. Which stay on a device is decided.
+
+        Raises ValueError when a device has too little memory even to have them brought layer by layer.
+        """
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory where the ops' tensors lie, not initialised."""
 
     def linear(
         self,
@@ -219,7 +230,16 @@ class Kernels(Protocol):
         """x fp32 [T, n] becomes cap tanh(x / cap)."""
 
     def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """ids int32 [T], table [vocab, hidden] in act_dtype -> scale times its rows, fp32 [T, hidden]."""
+        """ids int32 [T], table [vocab, hidden] in act_dtype -> scale times its rows, fp32 [T, hidden].
+
+        Both lie on the host.
+        """
+
+    def step_batch(self, batch: Batch) -> Batch:
+        """A host's batch as the other ops of this step take it; a replay reads the host's again."""
+
+    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+        """x where the host can read it, once the step is over."""
 
     def record(self, forward: Callable[[], torch.Tensor]) -> Step:
         """Run `forward` once and keep its ops, with their buffers and the host's calls, as a Step.
@@ -229,6 +249,9 @@ class Kernels(Protocol):
 
     def host_call(self, function: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
         """function(x), as part of the step: a collective, for instance."""
+
+    def link_gb_s(self) -> float:
+        """Bandwidth, measured, from host memory to the device where weights are brought; 0: they are where they lie."""
 
     def read_probe(self) -> ReadProbe:
         """Memory of this rank to measure its read bandwidth on; freed with the object."""

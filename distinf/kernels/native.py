@@ -177,6 +177,7 @@ class NativeKernels:
 
     name = "native"
     act_dtype = BF16
+    device = torch.device("cpu")
 
     def __init__(self, isa: str, cpus: list[int], oversubscribed: bool) -> None:
         """`isa` is a resolved level. The calling thread becomes thread 0 of the team, pinned to cpus[0]."""
@@ -220,6 +221,12 @@ class NativeKernels:
         packer = self.packer(n, k, form, gated)
         packer.add(0, *weight.chunk(1 + gated))
         return packer.weight()
+
+    def arrange(self, groups: Sequence[Sequence[NativeWeight]]) -> None:
+        pass  # each lies in the arena already
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
 
     def linear(
         self,
@@ -451,6 +458,15 @@ class NativeKernels:
         out = self._new(len(ids), table.shape[1], dtype=FP32)
         self._rt.embedding(ids.data_ptr(), table.data_ptr(), scale, out.data_ptr(), *out.shape)
         return out
+
+    def step_batch(self, batch: Batch) -> Batch:
+        return batch
+
+    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def link_gb_s(self) -> float:
+        return 0.0
 
     def read_probe(self) -> Any:
         return _native.ReadProbe(self._rt)

@@ -75,6 +75,7 @@ class ReferenceKernels:
 
     name = "reference"
     isa = "torch"
+    device = torch.device("cpu")
 
     def __init__(self, act_dtype: torch.dtype, threads: int) -> None:
         self.act_dtype = act_dtype
@@ -93,23 +94,37 @@ class ReferenceKernels:
         packer.add(0, *weight.chunk(1 + gated))
         return packer.weight()
 
+    def arrange(self, groups: Sequence[Sequence[Any]]) -> None:
+        pass
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
     def linear(
         self,
         x: torch.Tensor,
-        weight: ReferenceWeight,
+        weight: Any,
         bias: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
         act: str | None = None,
     ) -> torch.Tensor:
+        y = self._product(*self._operands(x, weight), bias)
+        return activated(y, act, weight.gated).to(out_dtype or self.act_dtype)
+
+    def _operands(self, x: torch.Tensor, weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is multiplied: x as the weight's format rounds it, and the weight [n, k]."""
         digits = weight.form.digits
-        x = quantise_activations(x, digits) if digits and x.numel() else x.float()
-        return activated(F.linear(x, weight.data.float(), bias), act, weight.gated).to(out_dtype or self.act_dtype)
+        return quantise_activations(x, digits) if digits and x.numel() else x.float(), weight.data.float()
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [T, k] . weight [n, k]^T + bias: fp32."""
+        return F.linear(x, weight, bias)
 
     def partial_linear(
         self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None, ranks: Ranks, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
         y = self.linear(x, weight, bias, torch.float32)
-        return self.all_reduce_(y if plus is None else y + plus, ranks)
+        return self.all_reduce_(y if plus is None else y.add_(plus), ranks)
 
     def all_reduce_(self, y: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         ranks.all_reduce_(y)
@@ -179,19 +194,36 @@ class ReferenceKernels:
             v = _gather(cache.v, cache.v_scale, blocks, length)[kv_head]
             distance = position[:, None] - torch.arange(length)  # [rows, length]
             hidden = (distance < 0) | ((distance >= window) if window else False)
-            scores = q[rows].transpose(0, 1).float() @ k.transpose(1, 2) * scale
-            if softcap:
-                scores = softcap * (scores / softcap).tanh()
-            if slopes is not None:
-                scores -= slopes[:, None, None] * distance
-            probs = scores.masked_fill(hidden, -math.inf).softmax(-1)
-            out[rows] = (probs @ v).transpose(0, 1).to(self.act_dtype)
+            heads = q[rows].transpose(0, 1)
+            attended = self._attend(heads, k, v, distance, hidden, scale, softcap, slopes)
+            out[rows] = attended.transpose(0, 1).to(self.act_dtype)
         return out
 
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        distance: torch.Tensor,
+        hidden: torch.Tensor,
+        scale: float,
+        softcap: float,
+        slopes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """q [..., heads, rows, dim] over k and v [..., heads, length, dim], but for those `hidden`: like q.
+
+        `distance` and `hidden` are [..., rows, length] for all heads. See Kernels.attention for the rest.
+        """
+        scores = q.float() @ k.float().transpose(-1, -2) * scale
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        if slopes is not None:
+            scores -= slopes[:, None, None] * distance
+        return scores.masked_fill(hidden, -math.inf).softmax(-1) @ v.float()
+
     def head_linear(self, x: torch.Tensor, weight: Any, tail: torch.Tensor | None = None) -> torch.Tensor:
-        parts = weight.data.unflatten(0, (x.shape[1], -1))
-        heads = [self.linear(x[:, i], ReferenceWeight(part, weight.form)) for i, part in enumerate(parts)]
-        y = torch.stack(heads, 1)
+        rows, parts = self._operands(x, weight)
+        y = torch.einsum("thk,hnk->thn", rows, parts.unflatten(0, (x.shape[1], -1))).to(self.act_dtype)
         return y if tail is None else torch.cat((y, tail), 2)
 
     def route(self, logits: torch.Tensor, bias: torch.Tensor | None, router: Router) -> Routes:
@@ -200,20 +232,21 @@ class ReferenceKernels:
         if router.groups > 1:
             groups = choice.unflatten(1, (router.groups, -1))
             best = groups.topk(router.group_best, -1).values.sum(-1).topk(router.top_groups, -1).indices
-            kept = torch.zeros(groups.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+            kept = torch.zeros(groups.shape[:2], dtype=torch.bool, device=best.device).scatter_(1, best, True)
             choice = groups.masked_fill(~kept[..., None], -math.inf).flatten(1)
         ids = choice.topk(router.top_k, -1).indices
         weights = scores.gather(1, ids)
         if router.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
         place = torch.empty_like(ids).view(-1)
-        place[ids.view(-1).argsort(stable=True)] = torch.arange(ids.numel())
-        starts = torch.searchsorted(ids.view(-1).sort().values, torch.arange(logits.shape[1] + 1))
+        place[ids.view(-1).argsort(stable=True)] = torch.arange(ids.numel(), device=ids.device)
         every = range(logits.shape[1])
+        experts = torch.arange(len(every) + 1, device=ids.device)
+        starts = torch.searchsorted(ids.view(-1).sort().values, experts)
         return Routes(ids.int(), weights * router.scale, place.view_as(ids).int(), starts.int(), every)
 
     def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:
-        rows = torch.empty(routes.place.numel(), x.shape[1], dtype=x.dtype)
+        rows = x.new_empty(routes.place.numel(), x.shape[1])
         rows[routes.place.view(-1)] = x.repeat_interleave(routes.place.shape[1], 0)
         return rows
 
@@ -226,8 +259,9 @@ class ReferenceKernels:
         out_dtype: torch.dtype | None = None,
         act: str | None = None,
     ) -> torch.Tensor:
-        out = torch.full((len(x), n), math.nan, dtype=out_dtype or self.act_dtype)
-        for weight, a, b in zip(weights, routes.bounds[:-1], routes.bounds[1:], strict=True):
+        out = x.new_full((len(x), n), math.nan, dtype=out_dtype or self.act_dtype)
+        bounds = routes.bounds.tolist()
+        for weight, a, b in zip(weights, bounds[:-1], bounds[1:], strict=True):
             if a < b:
                 out[a:b] = self.linear(x[a:b], weight, None, out_dtype, act)
         return out
@@ -252,18 +286,27 @@ class ReferenceKernels:
     def embedding(self, ids: torch.Tensor, table: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         return table[ids].float() * scale
 
-    def record(self, forward: Callable[[], torch.Tensor]) -> EagerStep:
+    def step_batch(self, batch: Batch) -> Batch:
+        return batch
+
+    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def record(self, forward: Callable[[], torch.Tensor]) -> Any:
         return EagerStep(forward, forward())
 
     def host_call(self, function: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
         function(x)
 
+    def link_gb_s(self) -> float:
+        return 0.0
+
     def read_probe(self) -> TorchReadProbe:
-        return TorchReadProbe()
+        return TorchReadProbe(self.device)
 
     def measure_peak_tops(self, int8: bool) -> float:
-        a = torch.ones(1024, 1024, dtype=self.act_dtype)
-        return max(2 * 1024**3 / _seconds(lambda: a @ a) / 1e12 for _ in range(5))
+        a = torch.ones(1024, 1024, dtype=self.act_dtype, device=self.device)
+        return max(2 * 1024**3 / _seconds(lambda: (a @ a)[0, 0].item()) / 1e12 for _ in range(5))
 
 
 @dataclass
@@ -283,11 +326,11 @@ class TorchReadProbe:
 
     bytes = 256 << 20
 
-    def __init__(self) -> None:
-        self._data = torch.ones(self.bytes // 4)
+    def __init__(self, device: torch.device) -> None:
+        self._data = torch.ones(self.bytes // 4, device=device)
 
     def read_s(self, prefetch: bool) -> float:
-        return _seconds(self._data.sum)
+        return _seconds(lambda: self._data.sum().item())
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -62,6 +62,7 @@ class Decoder:
         x = self.kernels.embedding(ids, self.embed, self.config.embed_scale)
         if self.positions is not None:
             self.kernels.add_(x, self.kernels.embedding(batch.positions, self.positions))
+        batch = self.kernels.step_batch(batch)
         delta = None
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             delta = block(x, delta, batch, layer_cache)
@@ -69,7 +70,7 @@ class Decoder:
         logits = self.head(normed if last is None else normed[last], torch.float32)
         if self.config.logit_softcap:
             self.kernels.softcap_(logits, self.config.logit_softcap)
-        return logits
+        return self.kernels.to_host(logits)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ class Parts:
     def _slopes(self) -> torch.Tensor | None:
         heads = self.shard.q_heads
         scale = self.config.alibi_scale
-        return scale * alibi.slopes(self.config.n_heads)[heads.start : heads.stop] if scale else None
+        if not scale:
+            return None
+        return (scale * alibi.slopes(self.config.n_heads)[heads.start : heads.stop]).to(self.kernels.device)
 
     def latent_attention(self, layer: int) -> LatentAttention:
         """Multi-head latent attention of a layer."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +83,15 @@ class Param:
         if self.bias:
             shapes |= {bias_name(s.name): s.shape[1:] if s.transposed else s.shape[:1] for s in self.sources}
         return shapes
+
+
+def by_layer(linears: Sequence[Param]) -> list[list[Param]]:
+    """The linears of each layer, in the layers' order, then those outside of layers: the head."""
+    layers: dict[float, list[Param]] = {}
+    for p in linears:
+        where, _, rest = p.name.partition(".")
+        layers.setdefault(int(rest.split(".")[0]) if where == "layers" else math.inf, []).append(p)
+    return [layers[i] for i in sorted(layers)]
 
 
 def vector(name: str, source: str, size: int, shift: float = 0.0) -> Param:

@@ -12,7 +12,7 @@ from distinf.config import ModelConfig, RunConfig
 from distinf.kernels import Kernels, Packer
 from distinf.kernels.formats import FORMATS, Format, Numbers, parse_format, stacked
 from distinf.layers import LinearWeight
-from distinf.models.params import Cut, Param, Source, Weights
+from distinf.models.params import Cut, Param, Source, Weights, by_layer
 from distinf.shard import Shard
 from distinf.weights import Checkpoint
 from distinf.weights.jobs import Job, run_jobs
@@ -59,6 +59,7 @@ def load_weights(loader: Loader, progress: bool) -> Weights:
         run([job for p in linears for job in _pack_jobs(loader, p, packers[p.name])])
         if loader.cache:
             loader.cache.save(memory)
+    loader.kernels.arrange([[packers[p.name].weight() for p in group] for group in by_layer(linears)])
     weights = Weights()
     for p in linears:
         weights.linears[p.name] = LinearWeight(packers[p.name].weight(), _bias(loader, p), p.use)
@@ -122,13 +123,14 @@ def _bias(loader: Loader, param: Param) -> torch.Tensor | None:
     """fp32 [n_local]"""
     if not param.bias or (param.columns is not None and loader.rank != 0):
         return None
-    return stack([read_bias(loader.checkpoint, s, loader.cuts.rows(s)) for s in param.sources]).contiguous()
+    bias = stack([read_bias(loader.checkpoint, s, loader.cuts.rows(s)) for s in param.sources])
+    return bias.contiguous().to(loader.kernels.device)
 
 
 def _tensor(loader: Loader, param: Param) -> torch.Tensor:
     source, act_dtype = param.sources[0], loader.kernels.act_dtype
     if param.kind == "vector":
-        vector = loader.checkpoint.read(source.name, torch.float32).contiguous()
+        vector = loader.checkpoint.read(source.name, torch.float32).contiguous().to(loader.kernels.device)
         return vector + param.shift if param.shift else vector
     if source == Source(source.name, source.shape):
         return loader.checkpoint.table(source.name, act_dtype)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
-from distinf import LLM, Group, SamplingParams, comm
+from distinf import LLM, Group, SamplingParams, comm, llm
 from distinf.comm.single import SingleGroup
+from distinf.config import RunConfig
 from distinf.device import Device
+from distinf.engine import Sequence
 from distinf.hetero.tune import tune, tune_cached
+from distinf.kernels import Placement
+from distinf.kernels.cuda import CudaKernels
 from distinf.shard import PhaseShares
 from tests.conftest import make_tiny
+from tests.support.host_gpu import HostGpu
 
 PROMPTS = [[5, 6, 7], list(range(100, 140))]
 PARAMS = SamplingParams(max_new_tokens=16, ignore_eos=True)
@@ -59,6 +65,42 @@ def test_greedy_tokens_do_not_depend_on_the_fraction(group: Group, path: Path) -
     for fraction in ["1"] if group.world_size == 1 else ["0", "0.25", "0.5", "0.75", "1", "0.4,0.9,0"]:
         llm = LLM(str(path), dtype="fp32", devices=[device], gpu_fraction=fraction, group=group)
         assert tokens(llm) == alone, fraction
+
+
+@pytest.fixture
+def host_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks with a GPU have one of host memory: what they compute comes by way of graphs with the host's parts."""
+    plain = llm.rank_kernels
+
+    def on_host_gpu(run: RunConfig, rank: int, placement: Placement) -> Any:
+        if run.devices[rank].kind == "cpu":
+            return plain(run, rank, placement)
+        act_dtype = torch.float32 if run.dtype == "fp32" else torch.bfloat16
+        return CudaKernels(cast(Any, HostGpu()), act_dtype, 1, None, run.gpu_stream_all)
+
+    monkeypatch.setattr(llm, "rank_kernels", on_host_gpu)
+
+
+def test_greedy_tokens_do_not_depend_on_a_gpus_fraction(group: Group, path: Path, host_gpus: None) -> None:
+    alone = tokens(LLM(str(path), dtype="fp32", group=SingleGroup(), threads=1))
+    fractions = ["1"] if group.world_size == 1 else ["0", "0.25", "0.5", "0.75", "1", "0.4,0.9,0"]
+    for i, fraction in enumerate(fractions):
+        how = {"devices": ["cuda"], "gpu_fraction": fraction, "gpu_stream_all": i % 2 == 1}
+        assert tokens(LLM(str(path), dtype="fp32", group=group, **how)) == alone, how
+
+
+def test_native_ranks_and_a_gpus_add_up(group: Group, path: Path, host_gpus: None) -> None:
+    """bf16 on both, within what its roundings make of fp32: see test_families.test_bf16."""
+
+    def logits(model: LLM) -> torch.Tensor:
+        sequences = [Sequence(i, p) for i, p in enumerate(PROMPTS)]
+        mine = model.engine.prefill(sequences, model.engine.new_cache([len(p) for p in PROMPTS]))
+        return torch.cat(model.group.all_gather_object(mine), 1)
+
+    exact = logits(LLM(str(path), dtype="fp32", group=SingleGroup(), threads=1))
+    mixed = LLM(str(path), group=group, devices=["cuda"])
+    assert (logits(mixed) - exact).abs().max() < 5 * 2**-9 * (16 * mixed.config.n_layers) ** 0.5 * exact.std()
+    assert len({str(t) for t in group.all_gather_object(tokens(mixed))}) == 1
 
 
 @pytest.mark.parametrize("capture", [True, False])
