@@ -14,7 +14,19 @@ from distinf.comm.single import SingleGroup
 from distinf.config import ModelConfig, MoeConfig, RopeConfig
 from distinf.device import Device
 from distinf.hetero.profile import measure, one_shard, phase_bytes
-from distinf.hetero.solve import Line, Lines, Room, best_shares, fill_units, fit, token_s, water_fill, width
+from distinf.hetero.solve import (
+    Line,
+    Lines,
+    Room,
+    best_shares,
+    fill_units,
+    fit,
+    streamed,
+    streamed_shares,
+    token_s,
+    water_fill,
+    width,
+)
 from distinf.hetero.tune import Candidate, candidates, choose, judge, read, write
 from distinf.kernels.emulated import Rates, emulated
 from distinf.shard import TILE, PhaseShares
@@ -143,6 +155,29 @@ def test_memory_is_not_exceeded_and_attention_gives_way_first() -> None:
     assert shares.attention[1] == 0 < shares.ffn[1]
     with pytest.raises(ValueError, match="room for"):
         best_shares(config(), lines_of(8), Room(sizes, [10.0, 100.0]))
+
+
+def test_what_a_device_has_no_room_for_is_streamed_when_the_link_pays() -> None:
+    """Bytes W are those that the plain rank reads in its time at 10 GB/s. With room for a part m of them and a link of
+    L GB/s, a fast device and the plain rank finish together after (1 - m) W / (10 + L).
+    """
+    model, lines, inf = config(), lines_of(8), float("inf")
+    sizes = {p: round(1e10 * of_ranks[0].whole_s * (1 if p == "vocab" else 16)) for p, of_ranks in lines.items()}
+    alone_s = token_s(model, lines, PhaseShares.of([1, 0]))
+    for link_gb_s in (5.0, 20.0):
+        room = Room(sizes, [inf, 0.2 * sum(sizes.values())], [0.0, link_gb_s])
+        shares = streamed_shares(model, lines, room)
+        found_s = token_s(model, streamed(model, lines, room, shares), shares)
+        assert found_s == pytest.approx(0.8 * alone_s / (1 + link_gb_s / 10), rel=0.03), link_gb_s
+        assert "partly streamed" in dict(candidates(model, lines, room, (Device(), Device("cuda"))))
+    times = []
+    for part in (0.001, 0.01, 0.2, 0.5, 0.95):
+        room = Room(sizes, [inf, part * sum(sizes.values())], [0.0, 5.0])
+        shares = streamed_shares(model, lines, room)
+        times.append(token_s(model, streamed(model, lines, room, shares), shares))
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == pytest.approx(token_s(model, lines, best_shares(model, lines, UNLIMITED)), rel=0.01)
+    assert streamed(model, lines, UNLIMITED, PhaseShares.of([1, 1])) is lines
 
 
 def test_all_and_nothing_are_candidates_where_they_fit() -> None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ class Profile:
 
     lines: dict[int, Lines]  # by rows
     reduce_s: dict[int, float]  # by rows: one sum of [rows, hidden] over ranks
+    link_gb_s: list[float] = field(default_factory=list)  # of each rank; see Kernels.link_gb_s
 
 
 def measure(plan: Plan, group: Group, new_kernels: Callable[[], Kernels], rows: tuple[int, ...]) -> Profile:
@@ -57,7 +58,7 @@ def measure(plan: Plan, group: Group, new_kernels: Callable[[], Kernels], rows: 
     everyone = group.all_gather_object({key: fit(found) for key, found in points.items()})
     lines = {t: {phase: [line[t, phase] for line in everyone] for phase in PHASES} for t in rows}
     reduce_s = {t: max(group.all_gather_object(_reduction_s(group, t * plan.config.hidden))) for t in rows}
-    return Profile(lines, reduce_s)
+    return Profile(lines, reduce_s, group.all_gather_object(new_kernels().link_gb_s()))
 
 
 def _timed(
@@ -131,13 +132,13 @@ class _Inputs:
 def _inputs(config: ModelConfig, kernels: Kernels, linears: list[_Linear], rows: int) -> _Inputs:
     def ones(each: int, of_experts: bool) -> dict[int, torch.Tensor]:
         sizes = {linear.k for linear in linears if bool(linear.experts) == of_experts}
-        return {k: torch.ones(rows * each, k, dtype=kernels.act_dtype) for k in sizes}
+        return {k: kernels.empty((rows * each, k), kernels.act_dtype).fill_(1) for k in sizes}
 
     tokens = ones(1, False)
     if config.moe is None:
         return _Inputs(tokens, {}, None)
     logits = torch.randn(rows, config.moe.n_experts, generator=torch.Generator().manual_seed(0))
-    routes = kernels.route(logits, None, Router(config.moe.top_k))
+    routes = kernels.route(logits.to(kernels.device), None, Router(config.moe.top_k))
     return _Inputs(tokens, ones(config.moe.top_k, True), routes)
 
 

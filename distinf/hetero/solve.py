@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import inf
 
 from distinf.config import ModelConfig
 from distinf.device import PHASES
+from distinf.kernels.stream import buffer_bytes
 from distinf.plan import split_model
 from distinf.shard import TILE, PhaseShares, Shard
 
@@ -90,10 +92,14 @@ def fill_units(lines: Sequence[Line], n: int, caps: Sequence[float]) -> list[int
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that each phase takes in the whole model, and that each rank may hold (inf: no limit)."""
+    """Bytes that each phase takes in the whole model, and that each rank may hold (inf: no limit).
+
+    A rank with a link, of so many GB/s, may have more than it holds: the rest is streamed in every step.
+    """
 
     phase_bytes: dict[str, int]
     rank_bytes: list[float]
+    link_gb_s: list[float] = field(default_factory=list)  # of each rank; 0, or []: no link
 
     def caps(self, taken: list[float], phase: str) -> list[float]:
         """Largest share of a phase for each rank that has `taken` bytes already."""
@@ -121,6 +127,73 @@ def best_shares(config: ModelConfig, lines: Lines, room: Room, ffn_multiple: int
         for attention in heads
     ]
     return min(options, key=lambda shares: token_s(config, lines, shares, 0.0, ffn_multiple))
+
+
+def streamed(config: ModelConfig, lines: Lines, room: Room, shares: PhaseShares) -> Lines:
+    """The lines of ranks with these shares: what has to come over a link takes at least the link's time.
+
+    Every phase streams the same part, and copies run ahead of their use, so that the link never rests.
+    """
+    if not any(room.link_gb_s):
+        return lines
+    found: Lines = {}
+    for phase, of_ranks in lines.items():
+        layer_bytes = room.phase_bytes[phase] / (1 if phase == "vocab" else config.n_layers)
+        found[phase] = []
+        for rank, (line, link) in enumerate(zip(of_ranks, room.link_gb_s, strict=True)):
+            taken = _taken(room, shares, rank)
+            rest = max(0.0, 1 - room.rank_bytes[rank] / taken) if taken and link else 0.0
+            link_s = rest * layer_bytes / (1e9 * link) if rest else 0.0
+            found[phase].append(replace(line, whole_s=max(line.whole_s, link_s)))
+    return found
+
+
+# Of shares and the part of them that has to be streamed, each of which decides the other.
+_ROUNDS = 8
+# Of the memory that buffers may take: shares in whole heads and tiles are a little more or less than these fractions.
+_FULL = 0.95
+
+
+def streamed_shares(config: ModelConfig, lines: Lines, room: Room, ffn_multiple: int = TILE) -> PhaseShares:
+    """The best shares when ranks with a link may have more than they hold.
+
+    Raises ValueError without room for the model, or for the buffers that streaming takes.
+    """
+    n = len(room.rank_bytes)
+    most = [inf if link else held for held, link in zip(room.rank_bytes, room.link_gb_s, strict=True)]
+    slower = streamed(config, lines, replace(room, rank_bytes=[0.0] * n), PhaseShares.of([1] * n))
+    options = []
+    for _ in range(_ROUNDS):
+        shares = best_shares(config, slower, replace(room, rank_bytes=most), ffn_multiple)
+        taken = [_taken(room, shares, rank) for rank in range(n)]
+        needs = [min(taken[rank], _buffers(config, room, shares, rank)) for rank in range(n)]
+        allowed = [_FULL * held for held in room.rank_bytes]
+        if all(need <= held for need, held in zip(needs, allowed, strict=True)):
+            options.append(shares)
+        for rank in range(n):
+            if needs[rank] > allowed[rank]:
+                most[rank] = taken[rank] * allowed[rank] / needs[rank]
+        slower = streamed(config, lines, room, shares)
+    if not options:
+        raise ValueError("the devices' memory is too small for the buffers of streamed weights")
+    return min(options, key=lambda s: token_s(config, streamed(config, lines, room, s), s, ffn_multiple=ffn_multiple))
+
+
+def _taken(room: Room, shares: PhaseShares, rank: int) -> float:
+    """Bytes of a rank's share."""
+    return sum(size * float(_part(shares, phase, rank)) for phase, size in room.phase_bytes.items())
+
+
+def _buffers(config: ModelConfig, room: Room, shares: PhaseShares, rank: int) -> int:
+    """Bytes that streaming a rank's share takes at least."""
+    of = {phase: size * float(_part(shares, phase, rank)) for phase, size in room.phase_bytes.items()}
+    layer = int((of["attention"] + of["ffn"]) / config.n_layers)
+    return sum(buffer_bytes([layer] * config.n_layers + [int(of["vocab"])]))
+
+
+def _part(shares: PhaseShares, phase: str, rank: int) -> Fraction:
+    of_ranks: tuple[Fraction, ...] = getattr(shares, phase)
+    return of_ranks[rank] / sum(of_ranks)
 
 
 def _fractions(counts: Sequence[int]) -> tuple[Fraction, ...]:

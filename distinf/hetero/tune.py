@@ -15,16 +15,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from distinf import kernels as kernel_library
 from distinf.comm import LOADING_TIMEOUT_S, Group, agreed
 from distinf.config import ModelConfig
 from distinf.device import Device
 from distinf.hetero import profile
 from distinf.hetero.profile import Profile
-from distinf.hetero.solve import Lines, Room, best_shares, token_s
+from distinf.hetero.solve import Lines, Room, best_shares, streamed, streamed_shares, token_s
 from distinf.kernels import Kernels, native
-from distinf.llm import LLM, on_device
-from distinf.placement import bind
+from distinf.llm import LLM, bind_rank, on_device
 from distinf.plan import Plan
 from distinf.sampling import SamplingParams
 from distinf.shard import TILE, PhaseShares
@@ -84,16 +82,10 @@ def tune(
     del llm  # its memory is needed for the next
     group.begin("measuring the ranks", LOADING_TIMEOUT_S)
     found = profile.measure(plan, group, new_kernels, tuple(sorted({*rows, batch})))
-    lines, reduce_s = found.lines[batch], found.reduce_s[batch]
-
-    def gemms_ms(shares: PhaseShares) -> float:
-        return 1e3 * token_s(plan.config, lines, shares, reduce_s, plan.ffn_multiple)
-
-    room, multiple = _room(plan, devices, memory_gb), plan.ffn_multiple
-    options = agreed(group, lambda: candidates(plan.config, lines, room, devices, multiple))
-    options = [("as given", first), *sorted(options, key=lambda option: gemms_ms(option[1]))]
+    room = room_of(plan, devices, memory_gb, found)
+    options = [("as given", first), *agreed(group, lambda: ranked(plan, devices, found, batch, room))]
     measured = [measured_ms, *(decode_ms(load(shares, devices), batch) for _, shares in options[1 : 1 + _TRIED])]
-    judged, rest_ms = judge(options, [gemms_ms(shares) for _, shares in options], measured)
+    judged, rest_ms = judge(options, [token_gemms_ms(plan, found, batch, room, s) for _, s in options], measured)
     return Tuning(batch, choose(judged[: len(measured)]), judged, found, rest_ms, devices)
 
 
@@ -110,6 +102,20 @@ def judge(
         for ((name, shares), gemms), measured in zip_longest(zip(options, gemms_ms, strict=True), measured_ms)
     ]
     return found, rest_ms
+
+
+def token_gemms_ms(plan: Plan, found: Profile, batch: int, room: Room, shares: PhaseShares) -> float:
+    """A token's time in GEMMs and reductions by these measurements."""
+    lines = streamed(plan.config, found.lines[batch], room, shares)
+    return 1e3 * token_s(plan.config, lines, shares, found.reduce_s[batch], plan.ffn_multiple)
+
+
+def ranked(
+    plan: Plan, devices: tuple[Device, ...], found: Profile, batch: int, room: Room
+) -> list[tuple[str, PhaseShares]]:
+    """What comes into question, the best first. Raises ValueError when the ranks have no room for the model."""
+    options = candidates(plan.config, found.lines[batch], room, devices, plan.ffn_multiple)
+    return sorted(options, key=lambda option: token_gemms_ms(plan, found, batch, room, option[1]))
 
 
 def within_memory(devices: tuple[Device, ...]) -> PhaseShares | None:
@@ -133,7 +139,8 @@ def _measured_ms(candidate: Candidate) -> float:
 def candidates(
     config: ModelConfig, lines: Lines, room: Room, devices: tuple[Device, ...], ffn_multiple: int = TILE
 ) -> list[tuple[str, PhaseShares]]:
-    """All or nothing on the ranks that are no plain cpu, the solution, and its neighbours; the same shares only once.
+    """All or nothing on the ranks that are no plain cpu, the solution, its neighbours, and more than fits if the rest
+    can be streamed; the same shares only once.
 
     The solution is whole units already; a neighbour has what a tenth more, or less, time on those ranks would give.
     Raises ValueError without room for the model.
@@ -150,6 +157,9 @@ def candidates(
         (("a little less on the device", 1.1), ("a little more on the device", 1 / 1.1)) if mixed else ()
     ):
         options.append((name, best_shares(config, _scaled(lines, special, factor), room, ffn_multiple)))
+    if any(room.link_gb_s):
+        with suppress(ValueError):  # no room for the buffers
+            options.append(("partly streamed", streamed_shares(config, lines, room, ffn_multiple)))
     different: list[tuple[str, PhaseShares]] = []
     for option in options:
         if option[1] not in [shares for _, shares in different]:
@@ -167,18 +177,18 @@ def _scaled(lines: Lines, special: list[bool], factor: float) -> Lines:
     }
 
 
-def _room(plan: Plan, devices: tuple[Device, ...], memory_gb: float | None) -> Room:
+def room_of(plan: Plan, devices: tuple[Device, ...], memory_gb: float | None, found: Profile) -> Room:
+    """What each rank may hold with `memory_gb` on devices that are no plain cpu, and its link."""
     limit = float("inf") if memory_gb is None else 1e9 * memory_gb
     sizes = profile.phase_bytes(plan)
-    return Room(sizes, [float("inf") if device.kind == "cpu" else limit for device in devices])
+    return Room(sizes, [float("inf") if device.kind == "cpu" else limit for device in devices], found.link_gb_s)
 
 
 def _kernel_factory(llm: LLM) -> Callable[[], Kernels]:
     run, group, devices, form = llm.run, llm.group, llm.loaded.devices, llm.loaded.plan.body_format
 
     def new_kernels() -> Kernels:
-        bound = bind(group, run.threads, run.membind, lambda p: kernel_library.load(run.kernels, run.isa, run.dtype, p))
-        return on_device(bound.kernels, devices, form, group)[0]
+        return on_device(bind_rank(run, group).kernels, devices, form, group)[0]
 
     return new_kernels
 
