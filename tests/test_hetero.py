@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from distinf.comm.single import SingleGroup
-from distinf.device import Device, device_rank, parse_devices, parse_fractions
+from distinf.device import Device, check_gpus, device_rank, parse_devices, parse_fractions
 from distinf.kernels.emulated import Rates, emulated, world_rates
 from distinf.kernels.formats import FORMATS
 from distinf.kernels.reference import ReferenceKernels
@@ -27,7 +28,8 @@ def test_devices_of_ranks() -> None:
         Device("emulated", speed=4, latency_us=25, link_gb_s=24),
     )
     assert parse_devices(["0=emulated:speed=2", "1=cpu"], 2) == (Device("emulated", speed=2), Device())
-    for devices in (["0=emulated:speed=0.5,latency_us=3"], []):
+    assert parse_devices(["cuda", "0=cuda:1"], 2) == (Device("cuda", 1), Device("cuda", 0))
+    for devices in (["0=emulated:speed=0.5,latency_us=3"], ["cuda:3"], []):
         once = parse_devices(devices, 2)
         assert parse_devices([f"{rank}={device}" for rank, device in enumerate(once)], 2) == once
 
@@ -35,7 +37,10 @@ def test_devices_of_ranks() -> None:
 @pytest.mark.parametrize(
     "texts, message",
     [
-        (["tpu"], r"--device 'tpu': expected \[RANK=\]cpu\|emulated"),
+        (["tpu"], r"--device 'tpu': expected \[RANK=\]cpu\|cuda\|emulated"),
+        (["cuda:x"], "--device 'cuda:x': 'x' is no index of a GPU"),
+        (["cuda:-1"], "'-1' is no index of a GPU"),
+        (["0=cuda", "1=emulated"], "--device cuda and --device emulated in one job"),
         (["2=emulated"], "--device '2=emulated': there are 2 ranks, 0 to 1"),
         (["1=emulated", "emulated"], "rank 1 has a device already"),
         (["emulated:sped=1"], "'sped' is unknown; expected one of speed"),
@@ -48,6 +53,14 @@ def test_devices_of_ranks() -> None:
 def test_bad_devices(texts: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_devices(texts, 2)
+
+
+def test_no_two_ranks_of_a_host_have_one_gpu() -> None:
+    devices = parse_devices(["0=cuda", "1=cuda:1", "2=cuda", "3=cpu"], 4)
+    check_gpus(devices, [0, 1])
+    check_gpus(devices, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"ranks 0 and 2 of \S+ are both on cuda:0; expected .* 2=cuda:1"):
+        check_gpus(devices, [0, 1, 2, 3])
 
 
 def test_fractions() -> None:
@@ -158,6 +171,8 @@ def test_heads_and_experts_have_their_time_before_the_sum_and_no_step_that_of_an
         (["--device", "emulated", "--gpu-fraction", "1.5"], "--gpu-fraction '1.5': expected a number from 0 to 1"),
         (["--gpu-fraction", "0.5"], "--gpu-fraction is about one rank with a --device of its own; there are 0"),
         (["--device", "2=emulated"], "--device '2=emulated': there are 2 ranks, 0 to 1"),
+        (["--device", "cuda:9"], "CUDA devices on this host (rank 1)"),
+        (["--device", "0=cuda", "--device", "1=cuda"], "are both on cuda:0; expected another one, such as 1=cuda:1"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(flags: list[str], message: str) -> None:
@@ -179,6 +194,19 @@ def test_the_sweep_prints_its_fields() -> None:
         assert point["tpot_ms"] > 0 and isinstance(point["predicted_ms"], float)
     assert 0 <= result["auto"]["fraction"] <= 1
     assert result["device"] == ["cpu", device]
+
+
+@pytest.mark.slow
+def test_the_gpus_measurement_prints_its_fields() -> None:
+    """With an emulated rank in the GPU's place; nothing is streamed then."""
+    device = "emulated:speed=2,latency_us=25,link_gb_s=24,read_gb_s=4,tflops=1"
+    flags = ["--configs", "tests/support/two_units.json", "--layers", "1", "--input-len", "4", "--output-len", "4"]
+    result = run([sys.executable, "perf/hetero_gpu.py", *flags, "--device", device], timeout_s=120).result
+    (model,) = result["models"]
+    (point,) = model["points"]
+    assert result["device"] == device and model["stream_all"] is None and model["cpu_only_ms"] > 0
+    assert point["cap_gb"] is None and set(point["fractions"]) == {"attention", "ffn", "vocab"}
+    assert point["tpot_ms"] > 0 and point["tok_s"] > 0 and point["predicted_ms"] > 0 and point["chosen"]
 
 
 @pytest.mark.mpi
