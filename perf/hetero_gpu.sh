@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU beside the CPU gives, in one go and under ten minutes: perf/hetero_gpu.sh [FLAGS of perf/hetero_gpu.py]
-# Needs the built extension, torch with CUDA, numpy, psutil, tqdm, safetensors and gguf; no MPI, no model. It has not yet run on a GPU.
+# Needs torch with CUDA, numpy, psutil, tqdm and the built extension; no MPI, no checkpoint. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
