@@ -43,6 +43,10 @@ CAPS_GB = {"opt-6.7b": (0.8, 4.9, 13.0), "opt-13b": (1.1, 8.9, 18.9), "opt-30b":
 CONFIGS = ",".join(f"perf/models/{name}.json" for name in CAPS_GB)
 
 
+# Sums without a copy: of 512 prompt tokens in a model as wide as 8192.
+_SUM_NUMBERS = 512 * 8192
+
+
 class Pair(SingleGroup):
     """See distinf.comm.Group: two processes of one machine and a pipe. Also the node that map_shared asks for."""
 
@@ -51,12 +55,12 @@ class Pair(SingleGroup):
 
     def __init__(self, rank: int, pipe: Connection) -> None:
         self.rank, self._pipe = rank, pipe
-        size = native.AllReduce.memory_bytes(2)
-        memory, problem = map_shared(self, native.AllReduce.PART_BYTES, size)
+        reduce, capacity = native.AllReduce, _SUM_NUMBERS
+        memory, problem = map_shared(self, reduce.part_bytes(capacity), reduce.memory_bytes(2, capacity))
         if memory is None:
             raise OSError(problem)
         self._memory = memory
-        self.native = native.AllReduce(memory.data_ptr(), rank, 2, False, False, None)
+        self.native = reduce(memory.data_ptr(), capacity, rank, 2, False, False, None)
 
     def all_reduce_(self, x: torch.Tensor) -> None:
         self.native.sum_(x.data_ptr(), x.numel())
