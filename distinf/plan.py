@@ -82,6 +82,7 @@ class Plan:
     def workspace_bytes(self, rank: int, tokens: int, act_dtype: torch.dtype) -> int:
         """The widest activations of a prefill of `tokens`: the fp32 residual stream and what is added to it, and,
         in act_dtype, the normed rows with q, k, v and attention's result, or with gate, up and their product.
+        Several ranks have two slots each for partial sums of a whole chunk besides, in shared memory.
         """
         shard, config, rows = self.shards[rank], self.config, min(tokens, PREFILL_ROWS)
         attention = 2 * (len(shard.q_heads) + len(shard.kv_heads)) * config.head_dim
@@ -89,7 +90,8 @@ class Plan:
         if config.moe:
             columns = max(columns, config.moe.top_k * len(shard.expert_ffn) + len(shard.shared_ffn))
         widest = config.hidden + max(attention, 3 * columns)
-        return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize)
+        slots = 2 * PREFILL_ROWS * config.hidden * torch.float32.itemsize if len(self.shards) > 1 else 0
+        return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize) + slots
 
 
 def split_model(

@@ -100,6 +100,12 @@ def test_workspace_grows_with_the_prompt_up_to_a_chunk() -> None:
     assert chunk == large == 1024 * small
 
 
+def test_several_ranks_have_two_slots_each_for_sums() -> None:
+    alone, one_of_two = (plan_of(QWEN2_72B, RunConfig(shares=PhaseShares.of(s))) for s in ([1], [1, 0]))
+    a, b = (plan.workspace_bytes(0, 1, torch.bfloat16) for plan in (alone, one_of_two))
+    assert b - a == 2 * 1024 * 8192 * 4
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
