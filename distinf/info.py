@@ -10,7 +10,7 @@ from typing import Any
 from distinf import __version__, kernels
 from distinf.comm import BACKENDS, Group
 from distinf.config import RunConfig
-from distinf.kernels import ipex, native
+from distinf.kernels import extension, ipex
 from distinf.placement import bind
 from distinf.topology import Machine, format_cpu_list
 
@@ -21,10 +21,10 @@ def describe(group: Group, run: RunConfig) -> tuple[dict[str, Any], list[str]]:
     Collective. The rank is bound and its threads started as for a model; what is told was read back after that.
     """
     bound = bind(group, run.threads, run.membind, lambda p: kernels.load(run.kernels, run.isa, run.dtype, p))
-    mine, isas = bound.bindings[group.rank], native.available_isas()
+    mine, isas = bound.bindings[group.rank], extension.available_isas()
     facts = {
         "host": mine.host,
-        "cpu": f"{native.cpu_name()}, {os.cpu_count()} hardware threads",
+        "cpu": f"{extension.cpu_name()}, {os.cpu_count()} hardware threads",
         "machine": "; ".join(_machine(bound.machine)),
         "isa": f"{isas[0]} (found: {', '.join(isas)})" if isas else "none: reference kernels only",
         "kernels": _kernels(isas),

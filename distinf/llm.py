@@ -17,7 +17,7 @@ from distinf.comm import LOADING_TIMEOUT_S, Group, InputError, agreed
 from distinf.config import ModelConfig, RunConfig
 from distinf.device import Device, check_gpus, device_rank, parse_devices, parse_fractions, with_rates
 from distinf.engine import PREFILL_ROWS, Engine, Sequence
-from distinf.kernels import Kernels, Placement, native
+from distinf.kernels import Kernels, Placement, extension
 from distinf.kernels.cuda import CudaKernels
 from distinf.kernels.emulated import HEADROOM, emulated, measure_rates, world_rates
 from distinf.kernels.formats import Format
@@ -139,7 +139,7 @@ def _cache(directory: Path, checkpoint: Checkpoint, plan: Plan, rank: int, kerne
         raise ValueError(f"--pack-cache needs the native kernels, but --kernels {kernels.name} is in use")
     made_of = (
         __version__,
-        native.build_id(),
+        extension.build_id(),
         kernels.isa,
         checkpoint.identity,
         plan.shards[rank],

@@ -38,7 +38,7 @@ from gemm_contenders import MANY_ROWS, Contender, Ours, Torch
 from distinf.binding import allowed_cores
 from distinf.cli import add_model_arguments, run_ranks
 from distinf.comm import Group, InputError
-from distinf.kernels import native
+from distinf.kernels import extension
 from distinf.models import family
 from distinf.weights.hf_config import read_config_json
 
@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace, group: Group) -> None:
             "num_layers": args.num_layers,
             "threads": len(cores),
             "isa": {d: ours[d].ask("isa") for d in dtypes},
-            "cpu": native.cpu_name(),
+            "cpu": extension.cpu_name(),
             "torch": torch.__version__,
             "torch_environment": capped,
             **contest(rows, ours, rival, args.rounds),
@@ -137,7 +137,7 @@ def last_level_cache_bytes() -> int:
 def torch_environment(isa: str, cores: tuple[int, ...]) -> dict[str, str]:
     """Pins torch's threads, and caps it at the instruction set that `--isa` forces on ours."""
     try:
-        cap = {} if isa == "auto" else CAPS[native.resolve_isa(isa)]
+        cap = {} if isa == "auto" else CAPS[extension.resolve_isa(isa)]
     except ValueError as error:
         raise InputError(str(error)) from None
     return {"OMP_NUM_THREADS": str(len(cores)), "GOMP_CPU_AFFINITY": " ".join(map(str, cores)), **cap}

@@ -32,7 +32,7 @@ from distinf.comm.segment import map_shared
 from distinf.comm.single import SingleGroup
 from distinf.device import Device, parse_devices
 from distinf.hetero.tune import Tuning, ranked, room_of, token_gemms_ms, tune, within_memory
-from distinf.kernels import native
+from distinf.kernels import extension
 from distinf.llm import LLM
 from distinf.plan import Plan
 from distinf.sampling import SamplingParams
@@ -55,7 +55,7 @@ class Pair(SingleGroup):
 
     def __init__(self, rank: int, pipe: Connection) -> None:
         self.rank, self._pipe = rank, pipe
-        reduce, capacity = native.AllReduce, _SUM_NUMBERS
+        reduce, capacity = extension.AllReduce, _SUM_NUMBERS
         memory, problem = map_shared(self, reduce.part_bytes(capacity), reduce.memory_bytes(2, capacity))
         if memory is None:
             raise OSError(problem)

@@ -15,7 +15,7 @@ import sys
 
 from distinf.binding import allowed_cores
 from distinf.comm.single import SingleGroup
-from distinf.kernels import native
+from distinf.kernels import extension, native
 from distinf.stats import measure_read_gb_s
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", help="thread counts, such as 1,2,4 (default: 1 and all cores)")
     args = parser.parse_args()
-    cores, isas = allowed_cores(), native.available_isas()
+    cores, isas = allowed_cores(), extension.available_isas()
     if not isas:
         sys.exit("perf/roofline.py: the extension is not built or this CPU has no AVX2")
     counts = [int(n) for n in args.threads.split(",")] if args.threads else sorted({1, len(cores)})
@@ -34,7 +34,7 @@ def main() -> None:
     for row in rows:
         peaks = " ".join(f"{row['bf16_tflops'][isa]:>15.3f} / {row['int8_tops'][isa]:.3f} " for isa in isas)
         print(f"{row['threads']:>8} {row['read_gb_s']:>10.1f} {peaks}")
-    print(json.dumps({"cpu": native.cpu_name(), "rows": rows}))
+    print(json.dumps({"cpu": extension.cpu_name(), "rows": rows}))
 
 
 def measure(cpus: list[int], isas: list[str]) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distinf.kernels import ACTS, Placement, ipex, load, native
+from distinf.kernels import ACTS, Placement, extension, ipex, load, native
 from distinf.kernels.formats import FORMATS, Format
 from distinf.kernels.reference import ReferenceKernels
 from distinf.kernels.routing import Router
@@ -30,7 +30,7 @@ def kernels(request: pytest.FixtureRequest) -> Any:
         if ipex.missing():
             pytest.skip(ipex.missing())
         return ipex.IpexKernels(threads=2)
-    if request.param not in native.available_isas():
+    if request.param not in extension.available_isas():
         pytest.skip(f"this CPU has no {request.param}")
     return native.NativeKernels(
         request.param, [-1, -1, -1], oversubscribed=True
@@ -190,9 +190,9 @@ def test_zero_size_shards(kernels: Any) -> None:
 @pytest.mark.parametrize("check", ["check_linears", "check_attentions"])
 def test_amx_machine_code_by_emulation(tmp_path: Path, check: str) -> None:
     """The compiled AMX code on a CPU without tiles: its instructions are trapped and carried out in software."""
-    if "amx" in native.available_isas():
+    if "amx" in extension.available_isas():
         pytest.skip("this CPU has AMX: test_linear and test_attention run on it")
-    if "avx512_bf16" not in native.available_isas():
+    if "avx512_bf16" not in extension.available_isas():
         pytest.skip("the AMX path also needs AVX-512 bf16, which this CPU lacks")
     source, library = Path(__file__).parent / "support/amx_emulator.cpp", tmp_path / "amx_emulator.so"
     subprocess.run(["g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-o", library, source], check=True)
@@ -213,11 +213,11 @@ def test_amx_machine_code_by_emulation(tmp_path: Path, check: str) -> None:
 
 
 def test_isa_that_the_cpu_lacks_is_refused() -> None:
-    missing = [isa for isa in ("amx", "avx512", "avx2") if isa not in native.available_isas()]
+    missing = [isa for isa in ("amx", "avx512", "avx2") if isa not in extension.available_isas()]
     if not missing:
         pytest.skip("this CPU has every instruction set")
     with pytest.raises(ValueError, match=rf"--isa {missing[0]}: this CPU .* has"):
-        native.resolve_isa(missing[0])
+        extension.resolve_isa(missing[0])
 
 
 @pytest.mark.parametrize(

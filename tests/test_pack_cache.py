@@ -14,7 +14,7 @@ import torch
 from distinf.comm import InputError
 from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
-from distinf.kernels import native
+from distinf.kernels import extension
 from distinf.llm import LoadedModel, load_model
 from distinf.shard import PhaseShares
 from distinf.weights import Checkpoint, open_checkpoint
@@ -48,7 +48,7 @@ def load(model: Path, cache: Path | None, run: RunConfig = RUN) -> tuple[dict[st
 
 @pytest.fixture(autouse=True)
 def _native() -> None:
-    if not native.available_isas():
+    if not extension.available_isas():
         pytest.skip("no native kernels")
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from distinf.comm.single import SingleGroup
 from distinf.config import RunConfig
-from distinf.kernels import native
+from distinf.kernels import extension, native
 from distinf.kernels.formats import FORMATS, Format, Numbers, quantised
 from distinf.kernels.reference import ReferenceKernels
 from distinf.llm import load_model
@@ -98,9 +98,9 @@ def test_kept_numbers_are_the_definition_to_the_bit(case: tuple[Checkpoint, dict
 )
 def test_packing_numbers_equals_quantising_to_them(form: Format) -> None:
     """Byte by byte, where both can express the same."""
-    if not native.available_isas():
+    if not extension.available_isas():
         pytest.skip("no native kernels")
-    kernels = native.NativeKernels(native.resolve_isa("auto"), [-1], True)
+    kernels = native.NativeKernels(extension.resolve_isa("auto"), [-1], True)
     torch.manual_seed(0)
     weight = torch.randn(100, 128).bfloat16()
     number, scale, offset = quantised(weight, form)

@@ -26,7 +26,7 @@ __all__ = [
     "launched_rank",
 ]
 from distinf.comm.torch_ccl import TorchCclGroup
-from distinf.kernels import native
+from distinf.kernels import extension
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Group(Protocol):
         A wait may last `timeout_s`, or `at_least_s` where that is longer.
         """
 
-    native: Any  # distinf.kernels.native.AllReduce, which a recorded decode step may contain, or None
+    native: Any  # distinf.kernels.extension.AllReduce, which a recorded decode step may contain, or None
 
     def make_room(self, numbers: int) -> str:
         """Have room for sums of so many numbers without a copy, in memory near the cores that this rank is bound to.
@@ -117,7 +117,7 @@ def init(name: str = "auto", wire_dtype: str = "fp32") -> Group:
     if name == "auto":
         if launched_rank() is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             raise ValueError("srun started several tasks without telling them of each other; use srun --mpi=pmi2")
-        name = "single" if launched_rank() is None else "shm" if native.AVAILABLE else "mpi"
+        name = "single" if launched_rank() is None else "shm" if extension.AVAILABLE else "mpi"
     try:
         return BACKENDS[name](wire_dtype == "bf16")
     except NoSharedMemory as error:

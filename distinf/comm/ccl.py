@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from distinf.comm.mpi import MPIGroup
-from distinf.kernels import native
+from distinf.kernels import extension
 from distinf.stdio import stdout_to_stderr
 
 LIBRARY = "libccl.so.1"
@@ -46,7 +46,7 @@ def connect(group: MPIGroup, rank: int | None, ranks: int) -> tuple[Any, Any]:
         if rank is None:
             return None, None
         communicator = library.Communicator(store or library.Store(address), rank, ranks)
-    return communicator, native.ReduceCalls(library.ALL_REDUCE_FP32, library.ALL_REDUCE_BF16, communicator.context)
+    return communicator, extension.ReduceCalls(library.ALL_REDUCE_FP32, library.ALL_REDUCE_BF16, communicator.context)
 
 
 def settings(transport: str, folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from distinf.comm.roll_call import RollCall
 from distinf.comm.startup import start_mpi
 from distinf.comm.watchdog import LOADING_TIMEOUT_S, Progress, Watchdog
-from distinf.kernels import native
+from distinf.kernels import extension
 
 
 class MPIGroup:
@@ -56,7 +56,7 @@ class MPIGroup:
 
     def _all_reduce(self, wire_bf16: bool) -> Any:
         """What sums over ranks inside a recorded step; None without the extension. Collective."""
-        if native.AVAILABLE:
+        if extension.AVAILABLE:
             return self._alone(wire_bf16, self._calls(self._comm))
         if wire_bf16:
             raise ValueError("--comm-dtype bf16 needs the native extension; run `pip install .`")
@@ -64,16 +64,16 @@ class MPIGroup:
 
     def _alone(self, wire_bf16: bool, calls: Any) -> Any:
         """This rank as a node of its own: everything goes through `calls`."""
-        capacity = native.AllReduce.LEAST_CAPACITY
-        self._memory = torch.zeros(native.AllReduce.memory_bytes(1, capacity), dtype=torch.uint8)
-        return native.AllReduce(self._memory.data_ptr(), capacity, 0, 1, wire_bf16, True, calls)
+        capacity = extension.AllReduce.LEAST_CAPACITY
+        self._memory = torch.zeros(extension.AllReduce.memory_bytes(1, capacity), dtype=torch.uint8)
+        return extension.AllReduce(self._memory.data_ptr(), capacity, 0, 1, wire_bf16, True, calls)
 
     def _calls(self, comm: Any) -> Any:
         """The MPI library's own functions and handles, for native code: csrc/inter_node.h. Collective over `comm`."""
         library = ctypes.CDLL(self._mpi.__file__)  # and what it is linked to
         mpi, own = self._mpi, comm.Dup()
         own.Set_errhandler(mpi.ERRORS_ARE_FATAL)  # a failure in the middle of a step leaves nothing to go on with
-        return native.MpiCalls(
+        return extension.MpiCalls(
             all_reduce=ctypes.cast(library.MPI_Allreduce, ctypes.c_void_p).value or 0,
             all_gather=ctypes.cast(library.MPI_Allgather, ctypes.c_void_p).value or 0,
             in_place=int(mpi.IN_PLACE) % 2**64,  # an address: -1 in MPICH's ABI, 1 in Open MPI's

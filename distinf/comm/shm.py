@@ -10,7 +10,7 @@ import torch
 from distinf.comm import ccl
 from distinf.comm.mpi import MPIGroup
 from distinf.comm.segment import map_shared
-from distinf.kernels import native
+from distinf.kernels import extension
 
 
 class NoSharedMemory(OSError):
@@ -25,11 +25,11 @@ class ShmGroup(MPIGroup):
 
     def _all_reduce(self, wire_bf16: bool) -> Any:
         """Raises ValueError without the extension, and NoSharedMemory."""
-        if not native.AVAILABLE:
+        if not extension.AVAILABLE:
             raise ValueError(f"--comm {self.name} needs the native extension; run `pip install .`")
         self._mates = self._node()
         rank, ranks = self._mates.Get_rank(), self._mates.Get_size()
-        capacity = native.AllReduce.LEAST_CAPACITY
+        capacity = extension.AllReduce.LEAST_CAPACITY
         memory, problem = self._map(capacity)
         if memory is None:
             raise NoSharedMemory(problem)
@@ -38,7 +38,7 @@ class ShmGroup(MPIGroup):
         several = ranks < self.world_size
         self.name = f"shm+{self.between}" if several else "shm"
         calls = self._inter_node(self._comm.Split(int(rank > 0), self.rank), rank == 0) if several else None
-        return native.AllReduce(memory.data_ptr(), capacity, rank, ranks, wire_bf16, several, calls)
+        return extension.AllReduce(memory.data_ptr(), capacity, rank, ranks, wire_bf16, several, calls)
 
     def make_room(self, numbers: int) -> str:
         """See distinf.comm.Group. What there was before lies where the rank happened to be: none of it is kept."""
@@ -58,7 +58,7 @@ class ShmGroup(MPIGroup):
 
     def _map(self, capacity: int) -> tuple[torch.Tensor | None, str]:
         """The node's memory for slots of so many numbers; None, on every rank, and why, where a rank has no room."""
-        reduce = native.AllReduce
+        reduce = extension.AllReduce
         sizes = reduce.part_bytes(capacity), reduce.memory_bytes(self._mates.Get_size(), capacity)
         memory, problem = map_shared(self._mates, *sizes)
         problems = self._comm.allgather(problem)

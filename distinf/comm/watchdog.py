@@ -35,7 +35,7 @@ class Progress:
         self.step = ""
         self.timeout_s = DEFAULT_TIMEOUT_S  # `--timeout`
         self.deadline_s = LOADING_TIMEOUT_S  # of the present step
-        self.native: Any = None  # distinf.kernels.native.AllReduce, which counts and waits inside a replayed step
+        self.native: Any = None  # distinf.kernels.extension.AllReduce, which counts and waits inside a replayed step
         self._number = 0
         self._wait = ""
 

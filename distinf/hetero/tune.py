@@ -21,7 +21,7 @@ from distinf.device import Device
 from distinf.hetero import profile
 from distinf.hetero.profile import Profile
 from distinf.hetero.solve import Lines, Room, best_shares, streamed, streamed_shares, token_s
-from distinf.kernels import Kernels, native
+from distinf.kernels import Kernels, extension
 from distinf.llm import LLM, bind_rank, on_device
 from distinf.plan import Plan
 from distinf.sampling import SamplingParams
@@ -213,7 +213,7 @@ def tune_cached(
 
     `identity` is what was asked for, besides the hosts and the numbers here. Raises InputError as `tune` does.
     """
-    hosts = group.all_gather_object([socket.gethostname(), native.cpu_name(), os.cpu_count()])
+    hosts = group.all_gather_object([socket.gethostname(), extension.cpu_name(), os.cpu_count()])
     key = {**identity, "hosts": hosts, "comm": group.name, "memory_gb": memory_gb}
     path = Path(cache_dir).expanduser() / (
         hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".json"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from distinf.kernels import ipex, native
+from distinf.kernels import extension, ipex, native
 from distinf.kernels.batch import Batch
 from distinf.kernels.formats import Format, Numbers
 from distinf.kernels.ranks import Ranks
@@ -274,11 +274,11 @@ def load(name: str, isa: str, dtype: str, placement: Placement) -> Kernels:
     Raises ValueError when the kernels or the instruction set that are asked for cannot be had.
     """
     if name == "auto":
-        name = "native" if dtype != "fp32" and native.best_isa() else "reference"
+        name = "native" if dtype != "fp32" and extension.best_isa() else "reference"
     if name == "native":
         if dtype == "fp32":
             raise ValueError("--kernels native cannot run --dtype fp32; expected --kernels reference or --dtype bf16")
-        return native.NativeKernels(native.resolve_isa(isa), list(placement.cpus), placement.oversubscribed)
+        return native.NativeKernels(extension.resolve_isa(isa), list(placement.cpus), placement.oversubscribed)
     if isa != "auto":
         raise ValueError(f"--isa {isa} needs the native kernels, but --kernels {name} --dtype {dtype} is in use")
     if name == "ipex":

@@ -13,12 +13,12 @@ import torch
 from distinf import comm
 from distinf.comm import Group, InputError, agreed, segment
 from distinf.comm.shm import ShmCclGroup, ShmGroup
-from distinf.kernels import Placement, load, native
+from distinf.kernels import Placement, extension, load
 from distinf.kernels.formats import FORMATS
 from distinf.kernels.native import PartialSum
 from tests.conftest import need
 
-needs_extension = pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+needs_extension = pytest.mark.skipif(not extension.AVAILABLE, reason="the native extension is not built")
 
 
 class PairsAreNodes:
@@ -149,7 +149,7 @@ def test_with_room_a_long_sum_is_not_copied(kind: str, wire: str) -> None:
     short = kernels.record(lambda: kernels.settle(kernels.partial_linear(x[:3], weight, None, group)))
     few, before = short.result.clone(), kernels.partial_linear(x, weight, None, group)
     assert isinstance(before, torch.Tensor)
-    least, count = native.AllReduce.LEAST_CAPACITY, group.native.count
+    least, count = extension.AllReduce.LEAST_CAPACITY, group.native.count
     for numbers, capacity, anew in [(1, least, True), (rows * n, 1049600, True), (rows * n, 1049600, False)]:
         memory = group._memory
         assert group.make_room(numbers) == "" and group.native.capacity == capacity  # whole pages
@@ -171,11 +171,11 @@ def test_with_room_a_long_sum_is_not_copied(kind: str, wire: str) -> None:
 
 @needs_extension
 def test_without_room_long_sums_go_in_pieces(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    last, least = group.rank == group.world_size - 1, native.AllReduce.LEAST_CAPACITY
+    last, least = group.rank == group.world_size - 1, extension.AllReduce.LEAST_CAPACITY
     take = os.posix_fallocate
 
     def nearly_full(fd: int, begin: int, size: int) -> None:
-        if last and size > native.AllReduce.part_bytes(least):
+        if last and size > extension.AllReduce.part_bytes(least):
             raise OSError(errno.ENOSPC, "No space left on device")
         take(fd, begin, size)
 
@@ -184,7 +184,7 @@ def test_without_room_long_sums_go_in_pieces(group: Group, monkeypatch: pytest.M
     first = other._memory
     problem = other.make_room(3 * least)
     assert problem.endswith(f"(rank {group.world_size - 1})") and len(set(group.all_gather_object(problem))) == 1
-    assert f"{native.AllReduce.memory_bytes(group.world_size, 3 * least) / 1e6:.1f} MB are needed" in problem
+    assert f"{extension.AllReduce.memory_bytes(group.world_size, 3 * least) / 1e6:.1f} MB are needed" in problem
     assert other.native.capacity == least and other._memory is not first
     parts = parts_of(group, 3 * least)
     other.all_reduce_(parts[group.rank])
@@ -238,7 +238,7 @@ def test_without_shared_memory_mpi_is_used_and_says_what_was_needed(
     assert torch.equal(x, torch.full((5,), float(group.world_size)))
     if group.rank == 0:
         (message,) = caplog.messages
-        needed = native.AllReduce.memory_bytes(group.world_size, native.AllReduce.LEAST_CAPACITY) / 1e6
+        needed = extension.AllReduce.memory_bytes(group.world_size, extension.AllReduce.LEAST_CAPACITY) / 1e6
         expected = {
             "no directory": "/nowhere",
             "no room": f"{needed:.1f} MB are needed",

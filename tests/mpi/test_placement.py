@@ -13,7 +13,7 @@ from distinf import LLM, comm, kernels
 from distinf.binding import allowed_cores, allowed_cpus, memory_policy
 from distinf.comm import Group
 from distinf.engine import PREFILL_ROWS
-from distinf.kernels import native
+from distinf.kernels import extension
 from distinf.placement import Bound, bind
 
 
@@ -56,7 +56,7 @@ def test_memory_is_on_the_rank_s_node(group: Group, bound: Bound) -> None:
         assert (mine.policy == "default") == any("memory policy could not be set" in w for w in bound.warnings)
 
 
-@pytest.mark.skipif(not native.AVAILABLE, reason="the native extension is not built")
+@pytest.mark.skipif(not extension.AVAILABLE, reason="the native extension is not built")
 def test_slots_are_taken_when_a_rank_has_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page lies near the core that took it: all of what a model's sums go through is taken by the bound rank."""
     taken: list[tuple[int, set[int], str]] = []
@@ -75,7 +75,7 @@ def test_slots_are_taken_when_a_rank_has_its_cores(tmp_path: Path, monkeypatch: 
     LLM(load_format="dummy", config=str(tmp_path / "config.json"), group=group)
     capacity, rank, ranks = PREFILL_ROWS * 512, group.rank, group.world_size
     common = [4 * capacity * r // ranks for r in (rank, rank + 1)]
-    assert [size for size, _, _ in taken] == [native.AllReduce.part_bytes(capacity), common[1] - common[0]]
+    assert [size for size, _, _ in taken] == [extension.AllReduce.part_bytes(capacity), common[1] - common[0]]
     assert all(where == [os.sched_getaffinity(0), memory_policy()] for _, *where in taken)
 
 
