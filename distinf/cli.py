@@ -23,7 +23,7 @@ from distinf.hetero.tune import CACHE_DIR, ROWS, Load, tune, tune_cached, within
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
 from distinf.memory import available_bytes
-from distinf.plan import Plan, RankReport, report, table
+from distinf.plan import Plan, RankReport, as_table, report
 from distinf.sampling import SamplingParams
 from distinf.shard import PhaseShares, parse_shares
 from distinf.stats import decode_rates, measure_read_gb_s, percentiles, token_gaps_ms
@@ -122,10 +122,14 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
 def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
     """Where the tuner begins: as the flags say (None), unless --gpu-memory-gb makes that doubtful.
 
-    Raises InputError for --expert-parallel: what is measured and balanced are columns.
+    Raises InputError for --expert-parallel, since what is measured and balanced are columns, and for --gpu-stream-all.
     """
     if args.expert_parallel:
         raise InputError("--expert-parallel: shares of whole experts are not tuned; expected --shares as numbers")
+    if args.gpu_stream_all:
+        raise InputError(
+            "--gpu-stream-all: shares for it are not tuned; expected --shares or --gpu-fraction as numbers"
+        )
     devices = agreed(group, lambda: parse_devices(args.device, group.world_size))
     return None if args.gpu_memory_gb is None else within_memory(devices)
 
@@ -133,7 +137,7 @@ def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
 # Flags that shares depend on, besides those that `tune_cached` is given.
 _TUNED_FOR = (
     "model", "dtype", "head_dtype", "group_size", "zero_points", "device", "comm_dtype", "kernels", "isa", "threads",
-    "membind", "capture", "gpu_stream_all", "load_format", "kv_dtype", "config", "num_layers",
+    "membind", "capture", "load_format", "kv_dtype", "config", "num_layers",
 )  # fmt: skip
 
 
@@ -331,7 +335,7 @@ def run_plan(args: argparse.Namespace, group: Group) -> None:
         rows = [{**r.sizes(), **{k: [v.start, v.stop] for k, v in asdict(r.shard).items()}} for r in ranks]
         print(json.dumps({"dtype": args.dtype, "memory": memory, "fits": fits, "ranks": rows}), flush=True)
     else:
-        print(table(ranks))
+        print(as_table(ranks))
         verdict = f"rank {largest} needs {ranks[largest].total / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
         print(f"{'yes' if fits else 'no'}: {verdict}", flush=True)
     if not fits:

@@ -88,7 +88,7 @@ class ModelConfig:
     norm_shift: float = 0.0  # added to the weight of every norm (Gemma keeps w - 1)
     parallel_norms: int = 0  # 0: attention before the MLP; 1: beside it, behind one norm; 2: behind a norm each
     qk_norm: bool = False  # a norm of each query and key head
-    act: str = "silu"  # of the feed-forward block; see Kernels.act
+    act: str = "silu"  # of the feed-forward block; see Kernels.linear
     moe: MoeConfig | None = None
     # Attention
     mla: MlaConfig | None = None  # then n_kv_heads is 1 and head_dim that of the latent vector and the rotated key
@@ -170,6 +170,8 @@ class RunConfig:
             raise ValueError(f"--gpu-memory-gb {self.gpu_memory_gb}: expected a number above 0")
         if self.gpu_stream_all and all(device.kind != "cuda" for device in self.devices):
             raise ValueError("--gpu-stream-all is about a GPU; expected --device cuda with it")
+        if self.devices and all(device.kind == "cuda" for device in self.devices) and self.kernels != "auto":
+            raise ValueError(f"--kernels {self.kernels} is about ranks on CPUs; with --device cuda alone expected auto")
         if self.threads < 0:
             raise ValueError(f"--threads {self.threads}: expected 0 (all cores of the rank) or more")
         if not 0 < self.timeout_s < math.inf:

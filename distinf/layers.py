@@ -217,7 +217,7 @@ class MLP:
 class Experts:
     """Mixture of experts (Shazeer et al., arXiv 1701.06538): a rank has columns of each, or some of them whole."""
 
-    gate: ColumnParallelLinear  # whole on every rank: all choose alike
+    gate: ColumnParallelLinear  # whole on every rank; see models.moe.router_param
     choice_bias: torch.Tensor | None  # fp32 [experts]; see Kernels.route
     router: Router
     experts: range  # those of this rank, whose weights follow

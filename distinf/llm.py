@@ -100,7 +100,10 @@ def load_model(
 
 
 def bind_rank(run: RunConfig, group: Group) -> Bound:
-    """This rank's kernels, on its own cores: one for a rank that computes on a GPU. Collective."""
+    """This rank's kernels, on its own cores. Collective.
+
+    Where the launcher left ranks together, one that computes on a GPU takes one core of theirs.
+    """
     load, on_gpu = partial(rank_kernels, run, group.rank), run.devices[group.rank].kind == "cuda"
     return bind(group, run.threads, run.membind, load, on_gpu)
 
@@ -136,7 +139,7 @@ def on_device(
 def _cache(directory: Path, checkpoint: Checkpoint, plan: Plan, rank: int, kernels: Kernels) -> PackCache:
     """This rank's entry: the packed bytes are a function of what is in its key."""
     if kernels.name != "native":
-        raise ValueError(f"--pack-cache needs the native kernels, but --kernels {kernels.name} is in use")
+        raise ValueError(f"--pack-cache needs the native kernels, but rank {rank} has {kernels.name}")
     made_of = (
         __version__,
         extension.build_id(),

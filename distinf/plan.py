@@ -82,7 +82,8 @@ class Plan:
     def workspace_bytes(self, rank: int, tokens: int, act_dtype: torch.dtype) -> int:
         """The widest activations of a prefill of `tokens`: the fp32 residual stream and what is added to it, and,
         in act_dtype, the normed rows with q, k, v and attention's result, or with gate, up and their product.
-        Several ranks have two slots each for partial sums of a whole chunk besides, in shared memory.
+        Several ranks have two slots each for partial sums of a whole chunk besides, in shared memory, and their part
+        of one for the node's sum.
         """
         shard, config, rows = self.shards[rank], self.config, min(tokens, PREFILL_ROWS)
         attention = 2 * (len(shard.q_heads) + len(shard.kv_heads)) * config.head_dim
@@ -90,7 +91,8 @@ class Plan:
         if config.moe:
             columns = max(columns, config.moe.top_k * len(shard.expert_ffn) + len(shard.shared_ffn))
         widest = config.hidden + max(attention, 3 * columns)
-        slots = 2 * PREFILL_ROWS * config.hidden * torch.float32.itemsize if len(self.shards) > 1 else 0
+        ranks, slot = len(self.shards), PREFILL_ROWS * config.hidden * torch.float32.itemsize
+        slots = (2 * ranks + 1) * slot // ranks if ranks > 1 else 0
         return rows * (2 * config.hidden * torch.float32.itemsize + widest * act_dtype.itemsize) + slots
 
 
@@ -103,7 +105,7 @@ def split_model(
         raise ValueError(f"--expert-parallel: {config.model_type} models have no experts; expected a mixture of them")
     experts = (moe.n_experts, moe.ffn, moe.shared_ffn) if moe else (0, 0, 0)
     sizes = config.n_heads, config.n_kv_heads, config.ffn, config.vocab
-    return ShardPlan.build(*sizes, shares, *experts, ffn_multiple, expert_parallel).shards
+    return ShardPlan.build(*sizes, shares, *experts, ffn_multiple, expert_parallel=expert_parallel).shards
 
 
 def parse(hf: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
@@ -143,7 +145,7 @@ def report(plan: Plan, kv_tokens: int, table_ranks: int) -> list[RankReport]:
     return reports
 
 
-def table(ranks: list[RankReport]) -> str:
+def as_table(ranks: list[RankReport]) -> str:
     """For a person: GB (1e9 bytes), and first .. last of each range with its length."""
 
     def span(r: range) -> str:

@@ -142,10 +142,10 @@ class ShardPlan:
         expert_ffn: int = 0,
         shared_ffn: int = 0,
         ffn_multiple: int = TILE,
-        whole_experts: bool = False,
+        expert_parallel: bool = False,
     ) -> ShardPlan:
         """Plan for as many ranks as there are shares. Each expert is split like a plain FFN and all ranks work on all,
-        or with `whole_experts` each is one rank's.
+        or with `expert_parallel` each is one rank's.
 
         Ranges of FFN columns end on multiples of `ffn_multiple`, itself a multiple of TILE.
 
@@ -155,7 +155,7 @@ class ShardPlan:
         heads = split_heads(n_heads, n_kv_heads, of.attention)
         ffns, shared = (split(n, of.ffn, ffn_multiple) for n in (ffn, shared_ffn))
         vocabs = split(vocab, of.vocab, TILE)
-        if whole_experts:
+        if expert_parallel:
             experts = split(n_experts, of.ffn)
             columns = [range(expert_ffn if mine else 0) for mine in experts]
         else:

@@ -77,7 +77,7 @@ class Tokenizer:
                     self._tokenizer: Any = AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name, **of_files)
             else:
                 self._tokenizer = AutoTokenizer.from_pretrained(model, **of_files)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # of a damaged vocabulary
+        except Exception as error:  # the tokenizers package has no narrower class for a damaged vocabulary
             first = (str(error) or type(error).__name__).splitlines()[0]
             reason = ("trust_remote_code" in str(error) and _own_code(model)) or first
             raise ValueError(f"{model}: no usable tokenizer ({reason})") from None

@@ -7,9 +7,9 @@ there. Random weights. For time's sake a model has `--layers` of its layers, and
 Each model is run streamed whole (--gpu-stream-all: what offloading does), with the shares that the tuner finds under
 the smallest cap, with those that the same measurements give under larger ones, and with all the memory there is.
 
-Prints a table and, last, one JSON line. `over_stream_all` is in tokens/s, with the prompt's time counted as the paper
-does; `of_link` is what streaming reaches of the bandwidth from pinned memory, measured beside it. No figure has been
-taken on a GPU with it yet.
+Prints each model's table and, last, one JSON line. `over_stream_all` is in tokens/s, with the prompt's time counted as
+the paper does; `of_link` is what streaming reaches of the bandwidth from pinned memory, measured beside it. No figure
+has been taken on a GPU with it yet.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ from distinf.shard import PhaseShares
 # GB of GPU memory at which figure 8 has a point of HeteGen's: smallest, middle and largest.
 CAPS_GB = {"opt-6.7b": (0.8, 4.9, 13.0), "opt-13b": (1.1, 8.9, 18.9), "opt-30b": (1.6, 11.0, 20.3)}
 CONFIGS = ",".join(f"perf/models/{name}.json" for name in CAPS_GB)
-
-
 # Sums without a copy: of 512 prompt tokens in a model as wide as 8192.
 _SUM_NUMBERS = 512 * 8192
 
@@ -120,9 +118,12 @@ def main() -> None:
 def work(rank: int, pipe: Connection, args: argparse.Namespace) -> None:
     """One rank: every model, then rank 0's report."""
     group, devices = Pair(rank, pipe), parse_devices([args.device], 2)
-    results = [measure(config, args, group, devices) for config in args.configs.split(",")]
+    results = []
+    for config in args.configs.split(","):
+        results.append(measure(config, args, group, devices))
+        if rank == 0:
+            print(table(results[-1]), flush=True)  # whatever becomes of the next one
     if rank == 0:
-        print(table(results))
         print(json.dumps({"device": str(devices[1]), "models": results}), flush=True)
 
 
@@ -189,7 +190,7 @@ def run(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     params = SamplingParams(max_new_tokens=args.output_len, ignore_eos=True)
     llm.generate([prompt], SamplingParams(max_new_tokens=3, ignore_eos=True))
     times = llm.generate([prompt], params)[0].token_times_s
-    tpot_s = statistics.median(b - a for a, b in pairwise(times[1:]))  # the first gap has the recording
+    tpot_s = statistics.median(b - a for a, b in pairwise(times[2:]))  # the first two gaps record and capture
     return {
         "tpot_ms": round(1e3 * tpot_s, 3),
         "ttft_ms": round(1e3 * times[0], 3),
@@ -197,25 +198,21 @@ def run(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """For a person."""
-    lines = []
-    for result in results:
-        lines.append(f"{result['model']}, {result['layers']} of {result['of_layers']} layers")
-        lines.append(f"  {'CPU alone':<34} {result['cpu_only_ms']:9.2f} ms/token")
-        base = result["stream_all"]
-        if base:
-            share = f"{base['gb_s']:.1f} GB/s, {base['of_link']:.3f} of the link's {base['link_gb_s']:.1f}"
-            lines.append(
-                f"  {'--gpu-stream-all':<34} {base['tpot_ms']:9.2f} ms/token {base['tok_s']:9.2f} tok/s  {share}"
-            )
-        for point in result["points"]:
-            cap = "all memory" if point["cap_gb"] is None else f"{point['cap_gb']:.2f} GB"
-            over = f"  {point['over_stream_all']:.2f}x" if "over_stream_all" in point else ""
-            lines.append(
-                f"  {cap + ': ' + point['chosen']:<34} {point['tpot_ms']:9.2f} ms/token {point['tok_s']:9.2f} tok/s"
-                f"{over}  predicted {point['predicted_ms']:.2f} ms"
-            )
+def table(result: dict[str, Any]) -> str:
+    """A model's figures for a person."""
+    lines = [f"{result['model']}, {result['layers']} of {result['of_layers']} layers"]
+    lines.append(f"  {'CPU alone':<34} {result['cpu_only_ms']:9.2f} ms/token")
+    base = result["stream_all"]
+    if base:
+        share = f"{base['gb_s']:.1f} GB/s, {base['of_link']:.3f} of the link's {base['link_gb_s']:.1f}"
+        lines.append(f"  {'--gpu-stream-all':<34} {base['tpot_ms']:9.2f} ms/token {base['tok_s']:9.2f} tok/s  {share}")
+    for point in result["points"]:
+        cap = "all memory" if point["cap_gb"] is None else f"{point['cap_gb']:.2f} GB"
+        over = f"  {point['over_stream_all']:.2f}x" if "over_stream_all" in point else ""
+        lines.append(
+            f"  {cap + ': ' + point['chosen']:<34} {point['tpot_ms']:9.2f} ms/token {point['tok_s']:9.2f} tok/s"
+            f"{over}  predicted {point['predicted_ms']:.2f} ms"
+        )
     return "\n".join(lines)
 
 

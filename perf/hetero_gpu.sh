@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU beside the CPU gives, in one go and under ten minutes: perf/hetero_gpu.sh [FLAGS of perf/hetero_gpu.py]
+# What a GPU beside the CPU gives, in one go, ended after ten minutes: perf/hetero_gpu.sh [FLAGS of perf/hetero_gpu.py]
 # Needs torch with CUDA, numpy, psutil, tqdm and the built extension; no MPI, no checkpoint. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -332,7 +332,8 @@ def check_attention(
 ) -> None:
     """Sequences of `lengths` tokens, the last `new` of each being this step's rows; the earlier ones are cached.
 
-    `slope` is the last head's, and a part of it each other one's. `heads` query heads starting `offset` into their group. What was never written is NaN and may not be seen.
+    There are `heads` query heads, the first one `offset` into its group. `slope` is the last head's, and a part of it
+    each other one's. What was never written is NaN and may not be seen.
     """
     torch.manual_seed(sum(lengths) + head_dim)
     kv_heads = (offset + heads - 1) // group + 1

@@ -80,6 +80,19 @@ def test_layer_norm(kernels: Any, rows: int, n: int, with_add: bool) -> None:
     cases.check_layer_norm(kernels, rows, n, with_add)
 
 
+@pytest.mark.skipif(not extension.AVAILABLE, reason="the native extension is not built")
+@pytest.mark.parametrize("n", [24, 300, 576, 2048])
+def test_norms_do_not_depend_on_the_number_of_threads(n: int) -> None:
+    """Ranks of unequal size have to send a token to the same experts."""
+    isa, (x, add), weight = extension.resolve_isa("auto"), torch.randn(2, 3, n), torch.randn(n)
+    found = []
+    for threads in (1, 2, 3, 5):
+        kernels = native.NativeKernels(isa, [-1] * threads, oversubscribed=True)
+        found.append([kernels.rms_norm(x.clone(), weight, 1e-5, add), kernels.layer_norm(x[:1], weight, weight, 1e-5)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("rows, heads, head_dim", [(1, 12, 64), (5, 3, 20), (4, 1, 128)])
 def test_head_norm(kernels: Any, rows: int, heads: int, head_dim: int) -> None:
     cases.check_head_norm(kernels, rows, heads, head_dim)

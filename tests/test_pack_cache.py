@@ -120,7 +120,7 @@ def test_whole_experts_are_not_taken_for_columns_of_each(tmp_path: Path) -> None
 
 
 def test_mistakes(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--pack-cache needs the native kernels, but --kernels reference is in use"):
+    with pytest.raises(InputError, match="--pack-cache needs the native kernels, but rank 0 has reference"):
         load(tiny_llama, tmp_path, RunConfig(dtype="fp32"))
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file"):

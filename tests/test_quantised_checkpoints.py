@@ -194,9 +194,22 @@ BAD_SETTINGS: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ),
     (
         "fp8-block",
-        lambda c: c["config_groups"].clear(),
+        lambda c: c["config_groups"]["group_0"].clear(),
         r"float-quantized of \(None, None, None\) by None is not supported",
     ),
+    *(
+        (name, spoil, message)
+        for name in ("w8a8", "fp8-block")
+        for spoil, message in (
+            (lambda c: c["config_groups"].clear(), "config_groups is not supported; expected one group"),
+            (lambda c: c.update(config_groups={"a": "abc"}), "compressed-tensors a is 'abc'; expected an object"),
+            (lambda c: c["config_groups"]["group_0"].update(weights=[1]), r"weights is \[1\]; expected an object"),
+            (lambda c: c.update(transform_config={"config_groups": {"R4": {}}}), "transform_config is not supported"),
+            (lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is not supported"),
+        )
+    ),
+    ("w8a8", lambda c: c.update(format=["int-quantized"]), r"format \['int-quantized'\] is not supported"),
+    ("fp8", lambda c: c.update(quant_method=["fp8"]), r"quant_method \['fp8'\] is not supported"),
     (
         "fp8-block",
         lambda c: c["config_groups"]["group_0"]["weights"].pop("block_structure"),
@@ -216,7 +229,7 @@ BAD_SETTINGS: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize("name, spoil, message", BAD_SETTINGS, ids=[m for _, _, m in BAD_SETTINGS])
+@pytest.mark.parametrize("name, spoil, message", BAD_SETTINGS, ids=[f"{n}-{m}" for n, _, m in BAD_SETTINGS])
 def test_settings_that_are_not_supported(
     tmp_path: Path, name: str, spoil: Callable[[dict[str, Any]], None], message: str
 ) -> None:

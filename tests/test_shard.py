@@ -58,7 +58,7 @@ def test_plan_of_smollm2_over_four_ranks() -> None:
 
 
 def test_whole_experts_go_by_ffn_shares_and_a_rank_may_have_none() -> None:
-    plan = ShardPlan.build(4, 2, 128, 64, [0, 3, 1], n_experts=5, expert_ffn=40, shared_ffn=128, whole_experts=True)
+    plan = ShardPlan.build(4, 2, 128, 64, [0, 3, 1], n_experts=5, expert_ffn=40, shared_ffn=128, expert_parallel=True)
     assert [(s.experts, s.expert_ffn) for s in plan.shards] == [
         (range(0), range(0)), (range(4), range(40)), (range(4, 5), range(40))
     ]  # fmt: skip

@@ -39,6 +39,17 @@ def test_code_of_a_checkpoint_is_named_and_not_run(chatglm: Path, capsys: pytest
     assert "expected a tokenizer.json" in line and not (chatglm / "it ran").exists()
 
 
+def test_a_damaged_vocabulary_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tokenizers package raises a bare Exception for a merge of tokens that are not in the vocabulary."""
+    RECIPES["llama"][next(iter(RECIPES["llama"]))](tmp_path)
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["~", "#"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--model", str(tmp_path), "--prompt", "a"])
+    assert f"{tmp_path}: no usable tokenizer (" in capsys.readouterr().err
+
+
 def test_token_ids_need_none(chatglm: Path) -> None:
     (completion,) = LLM(str(chatglm)).generate([[5, 6, 7]], SamplingParams(max_new_tokens=3, ignore_eos=True))
     assert len(completion.token_ids) == 3 and not completion.text and not (chatglm / "it ran").exists()

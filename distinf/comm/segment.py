@@ -40,7 +40,9 @@ def map_shared(node: Any, part_bytes: int, total_bytes: int) -> tuple[torch.Tens
         free = os.statvfs(DIRECTORY)
         problem += f": {total_bytes / 1e6:.1f} MB are needed, {free.f_bavail * free.f_frsize / 1e6:.1f} MB are left"
     node.Barrier()  # the first rank's descriptor is open until all have theirs
-    memory = None if problem else torch.frombuffer(mmap.mmap(fd, total_bytes), dtype=torch.uint8)
+    memory = None
+    if not problem:
+        memory, problem = _attempt(lambda: torch.frombuffer(mmap.mmap(fd, total_bytes), dtype=torch.uint8))
     os.close(fd)
     return memory, problem
 

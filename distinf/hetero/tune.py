@@ -15,9 +15,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distinf.comm import LOADING_TIMEOUT_S, Group, agreed
 from distinf.config import ModelConfig
-from distinf.device import Device
+from distinf.device import Device, parse_devices
 from distinf.hetero import profile
 from distinf.hetero.profile import Profile
 from distinf.hetero.solve import Lines, Room, best_shares, streamed, streamed_shares, token_s
@@ -213,7 +215,9 @@ def tune_cached(
 
     `identity` is what was asked for, besides the hosts and the numbers here. Raises InputError as `tune` does.
     """
-    hosts = group.all_gather_object([socket.gethostname(), extension.cpu_name(), os.cpu_count()])
+    mine = parse_devices(identity.get("device", ()), group.world_size)[group.rank]
+    gpu = torch.cuda.get_device_name(mine.index) if mine.kind == "cuda" and torch.cuda.is_available() else ""
+    hosts = group.all_gather_object([socket.gethostname(), extension.cpu_name(), os.cpu_count(), gpu])
     key = {**identity, "hosts": hosts, "comm": group.name, "memory_gb": memory_gb}
     path = Path(cache_dir).expanduser() / (
         hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24] + ".json"

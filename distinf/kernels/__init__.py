@@ -198,7 +198,7 @@ class Kernels(Protocol):
         """logits fp32 [T, experts] -> each token's experts and their weights, and the order of the grouped rows.
 
         `bias` fp32 [experts] is added to the scores for the choice, not for the weights. All experts are meant: a rank
-        that has some of them replaces `routes.experts`. The ops below leave the rows of others as they are, unwritten.
+        that has some of them replaces `routes.experts`. What stands in the grouped rows of others is not defined.
         """
 
     def expert_rows(self, x: torch.Tensor, routes: Routes) -> torch.Tensor:

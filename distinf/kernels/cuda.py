@@ -1,7 +1,7 @@
 """The ops on a GPU, by torch: an ordinary rank, whose partial sums enter the all-reduce from pinned host memory.
 
 The ops are the reference's, on the device's tensors; what is here is what they leave out. GEMMs take operands of
-act_dtype and give fp32; quantised weights are stored as they are and dequantised in front of the GEMM. Token ids,
+act_dtype and sum in fp32; quantised weights are stored as they are and dequantised in front of the GEMM. Token ids,
 tables and batches lie on the host and cross when a step begins; sums over ranks and logits cross to the host, in fp32.
 
 Run so far on a stand-in for the GPU in host memory only (tests/support/host_gpu.py).
@@ -53,7 +53,7 @@ class CudaPacker:
     def __init__(self, n: int, k: int, form: Format, gated: bool, act_dtype: torch.dtype) -> None:
         home = [torch.empty(n, k, dtype=act_dtype)]
         if form.bits < 16:
-            assert k % 2 == 0, f"k is {k}: numbers of 4 bits are kept in pairs"
+            assert form.bits == 8 or k % 2 == 0, f"k is {k}: numbers of 4 bits are kept in pairs"
             groups = k // form.group if form.group else 1
             home = [torch.empty(n, k * form.bits // 8, dtype=torch.uint8)]
             home += [torch.empty(n, groups, dtype=form.scales) for _ in range(1 + form.zero_points)]
@@ -77,8 +77,7 @@ class CudaPacker:
         else:
             number, *grid = (x.flatten(1) for x in quantised(rows, form))
             number = number.to(torch.uint8)
-        pairs = number.unflatten(1, (-1, 2))
-        home[0][place] = pairs[..., 0] | pairs[..., 1] << 4 if form.bits == 4 else number
+        home[0][place] = number[:, ::2] | number[:, 1::2] << 4 if form.bits == 4 else number
         for to, x in zip(home[1:], grid, strict=False):  # an offset of the middle is known without
             to[place] = x
 

@@ -89,7 +89,7 @@ class CudaStep:
         """While capturing: what follows reads these streamed weights."""
         if group != self._group:
             self._group = group
-            self.host_part(partial(self._kernels.store.turn, group))
+            self.host_part(partial(self._kernels.store.turn_to, group))
 
     def _capture(self) -> None:
         """Raises torch.OutOfMemoryError when there is too little memory and nothing left to make room."""
@@ -97,6 +97,7 @@ class CudaStep:
         self._parts, self._taken, self._group = [], 0, None  # the old graphs' memory is free
         version = store.version
         self._pool = self._kernels.gpu.new_pool()
+        failed = None
         try:
             with self._kernels.recorded(self), self._kernels.fixed():
                 self._open()
@@ -105,8 +106,11 @@ class CudaStep:
             self._version = version
         except BaseException as error:
             self._abandon()
-            if not (isinstance(error, torch.OutOfMemoryError) and store.lower()):
+            if not isinstance(error, torch.OutOfMemoryError):
                 raise
+            failed = error.with_traceback(None)  # its frames hold memory
+        if failed and not store.lower():
+            raise failed
 
     def _open(self) -> None:
         graph = self._kernels.gpu.new_graph(self._pool)

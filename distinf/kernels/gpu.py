@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
 import weakref
 from typing import Any, Protocol
 
@@ -128,11 +129,15 @@ class _CudaGraph:
         self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
         self.replay = self._graph.replay
-        self.end = self._graph.capture_end
 
     def begin(self) -> None:
         # Other threads, such as the watchdog, may do as they like meanwhile.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        with warnings.catch_warnings():  # between two parts of the host there may be nothing
+            warnings.filterwarnings("ignore", message=".*graph is empty", category=UserWarning)
+            self._graph.capture_end()
 
 
 def _unregister(storage: torch.UntypedStorage) -> None:

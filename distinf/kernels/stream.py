@@ -125,6 +125,11 @@ class WeightStore:
             check_limit([sum(w.nbytes for w in group) for group in self._weights], limit)
         self._fit(limit)
 
+    @property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return sum(w.nbytes for group in self._weights for w in group)
+
     def lower(self) -> bool:
         """Stream some of what is resident, since memory ran out. False when nothing is."""
         if not self._kept:
@@ -138,18 +143,15 @@ class WeightStore:
         return True
 
     def group_of(self, weight: Stored) -> int | None:
-        """The group that `turn` has to bring before the weight is read; None: it is on the device for good."""
+        """The group that `turn_to` has to bring before the weight is read; None: it is on the device for good."""
         if weight.tensors is None:  # kernels of a test or of the tuner, which have no plan
             weight.tensors = weight.home = self._on_device(weight.home)
         return weight.group
 
     def turn_to(self, group: int) -> None:
-        """`turn`, unless the group is there."""
-        if group != self._current:
-            self.turn(group)
-
-    def turn(self, group: int) -> None:
-        """What is enqueued from here on reads this group; the next one's copy begins."""
+        """What is enqueued from here on reads this group; the next one's copy begins, unless that is so already."""
+        if group == self._current:
+            return
         if self._coming is None or self._coming[0] != group:
             self._fetch(group)  # the first of all, or one out of turn
         assert self._coming
@@ -172,7 +174,7 @@ class WeightStore:
             except torch.OutOfMemoryError:
                 if not kept:
                     raise
-                limit = _LOWER * min(limit, sum(w.nbytes for group in self._weights for w in group))
+                limit = _LOWER * min(limit, self.bytes)
 
     def _place(self, kept: set[tuple[int, int]]) -> None:
         self.gpu.synchronize()

@@ -18,6 +18,9 @@ _NO_EFFECT = (
     "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion", "fp32_residual_connection",
 )  # fmt: skip
 
+# Of ChatGLM2 and ChatGLM3 alike; GLM-4's is larger.
+_VOCAB_2_AND_3 = 65024
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """See distinf.models.Family. The first ChatGLM, of the same model_type, is refused."""
@@ -57,9 +60,17 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def rope_config(fields: Fields, head_dim: int) -> RopeConfig:
     """Half of each head rotates. `rope_ratio` multiplies the base; in ChatGLM2-32k, whose name alone tells, it divides
     the positions.
+
+    Raises ValueError where it may be either, since the wrong one gives wrong text without an error.
     """
     ratio, positions = fields.number("rope_ratio", default=1.0), fields.integer("seq_length")
-    if "chatglm2" in str(fields.get("_name_or_path", default="")).lower():
+    name = str(fields.get("_name_or_path", default="")).lower()
+    if ratio != 1 and fields.integer("padded_vocab_size", "vocab_size") == _VOCAB_2_AND_3 and "chatglm" not in name:
+        raise ValueError(
+            f"config: 'rope_ratio' {ratio:g} means one thing in ChatGLM2 and another in ChatGLM3, and '_name_or_path' "
+            f"{name!r} tells neither; expected a name with chatglm2 or chatglm3 in it"
+        )
+    if "chatglm2" in name:
         return rope_of({"rope_type": "linear", "factor": ratio}, 10000.0, 0.5, head_dim, positions)
     return rope_of({}, 10000.0 * ratio, 0.5, head_dim, positions)
 

@@ -25,6 +25,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         fields.expect("apply_residual_connection_post_layernorm", False)
         hidden, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         grouped, multi_query = fields.flag("new_decoder_architecture"), fields.flag("multi_query", True)
+        if grouped:
+            fields.expect("parallel_attn", True)
+            fields.expect("num_ln_in_parallel_attn", 1, 2)
         groups = fields.integer("num_kv_heads", "n_head_kv", default=n_heads)
         norms = fields.integer("num_ln_in_parallel_attn", default=2)
         beside, bias = fields.flag("parallel_attn", True), fields.flag("bias")
@@ -38,7 +41,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             norm_eps=fields.number("layer_norm_epsilon"),
             rope=None if alibi else rope,
             # It adds the slopes to scores that are not scaled yet.
-            alibi_scale=1 / math.sqrt(hidden // n_heads) if alibi else 0.0,
+            alibi_scale=math.sqrt(n_heads / hidden) if alibi else 0.0,
             max_positions=context_length(rope),
             act=fields.activation("activation", default="gelu"),
             layer_norm=True,

@@ -37,7 +37,7 @@ _ACTIVATIONS = {
 # What is divided by, or counted: one or more.
 _SIZES = {
     "hidden_size", "n_embd", "num_attention_heads", "n_head", "head_dim", "decoder_sparse_step", "n_group",
-    "query_pre_attn_scalar",
+    "query_pre_attn_scalar", "rope_ratio", "ffn_hidden_size",
 }  # fmt: skip
 _REQUIRED = object()
 
@@ -89,7 +89,7 @@ class Fields:
     def _of(self, kind: type, *names: str, default: Any) -> Any:
         value = self.get(*names, default=default)
         if not isinstance(value, kind):
-            raise ValueError(f"config: {names[0]!r} is {value!r}, expected {kind.__name__}")
+            raise ValueError(f"config: {names[0]!r} is {value!r}, expected {'a list' if kind is list else 'an object'}")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -105,7 +105,7 @@ class Fields:
         return tuple(ids)
 
     def activation(self, *names: str, default: str = "silu") -> str:
-        """The name of an activation in Kernels.act. Raises ValueError for one that is not known."""
+        """The name of an activation in Kernels.linear. Raises ValueError for one that is not known."""
         value = self.get(*names, default=default)
         if not isinstance(value, str) or value not in _ACTIVATIONS:
             expected = ", ".join(map(repr, _ACTIVATIONS))

@@ -44,7 +44,7 @@ def llama_config(fields: Fields, tied: bool = False, **more: Any) -> ModelConfig
             "n_kv_heads": fields.integer("num_key_value_heads", default=n_heads),
             "head_dim": head_dim,
             "vocab": fields.integer("vocab_size"),
-            "max_positions": more.get("max_positions") or context_length(rope),
+            "max_positions": context_length(rope) if rope else 0,
             "norm_eps": more.get("norm_eps") or fields.number("rms_norm_eps"),
             "rope": rope,
             "tie_embeddings": fields.flag("tie_word_embeddings", tied),

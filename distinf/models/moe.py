@@ -12,7 +12,11 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def router_param(source: str, name: str, config: ModelConfig) -> Param:
-    """The linear that scores the experts: whole on every rank and never quantised, so that all choose alike."""
+    """The linear that scores the experts: whole on every rank and never quantised, so that all choose alike.
+
+    To the bit that holds for ranks of one instruction set; where a GPU or another CPU takes part, two experts that are
+    nearly equal may be told apart differently.
+    """
     assert config.moe
     gate = Source(source + "gate.weight", (config.moe.n_experts, config.hidden))
     return Param(name + "router", "linear", (gate,), exact=True)

@@ -26,15 +26,20 @@ class Rotary:
     """Rotations of one rope. Of some scalings the frequencies depend on how long a sequence is."""
 
     def __init__(self, rope: RopeConfig) -> None:
-        """Raises ValueError for a scaling that is not known or lacks an entry."""
+        """Raises ValueError for a scaling that is not known or lacks an entry, and where no rotation comes out."""
         self._rope = rope
         self._kind = scaling_kind(rope)
         self._scaling: dict[str, Any] = rope.scaling or {}
         try:
             self._factor = self._attention_factor()
-            self.frequencies(torch.ones(1, dtype=torch.int32))
+            self._check_lists()
+            found = self.frequencies(torch.ones(1, dtype=torch.int32))
         except KeyError as error:
             raise ValueError(f"config: rope_scaling {self._kind!r} lacks {error.args[0]!r}") from None
+        if not (found.isfinite() & (found > 0)).all():
+            raise ValueError(
+                f"config: rope_theta {rope.theta:g} with rope_scaling {self._scaling} gives no frequencies above 0"
+            )
 
     def __call__(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 [T], and int32 [T] tokens of each row's sequence -> cos, sin fp32 [T, dim / 2]."""
@@ -60,6 +65,12 @@ class Rotary:
             long, short = (torch.tensor(scaling[name]) for name in ("long_factor", "short_factor"))
             return frequencies / torch.where(lengths[:, None] > self._original_positions(), long, short)
         return frequencies
+
+    def _check_lists(self) -> None:
+        for name in ("long_factor", "short_factor") if self._kind == "longrope" else ():
+            entries, pairs = len(self._scaling[name]), self._rope.dim // 2
+            if entries != pairs:
+                raise ValueError(f"config: rope_scaling {name!r} has {entries} entries, expected {pairs}")
 
     def _exponent(self) -> torch.Tensor:
         return torch.arange(0, self._rope.dim, 2, dtype=torch.float32) / self._rope.dim

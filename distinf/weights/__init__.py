@@ -70,7 +70,7 @@ def open_checkpoint(model: Path, load_format: str, config_json: Path | None, num
         if not quantisation:
             return _reader("safetensors", "SafetensorsCheckpoint")(model, config)
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        if method not in _QUANTISED:
+        if not isinstance(method, str) or method not in _QUANTISED:
             raise ValueError(
                 f"{model / 'config.json'}: quant_method {method!r} is not supported; "
                 f"expected one of {', '.join(_QUANTISED)}"

@@ -9,6 +9,7 @@ A weight is scale * number. With 8-bit activations, whose scales are taken from 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,29 +61,44 @@ class CompressedTensorsCheckpoint(QuantisedCheckpoint):
         return finite(tensor, tensor.read(rows, groups)), None
 
 
+def the_group(directory: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What its only group says of weights, and of input activations ({}: nothing).
+
+    Raises ValueError naming a setting that is of another kind, or that changes what a linear computes.
+    """
+
+    def part(of: dict[str, Any], key: str) -> dict[str, Any]:
+        value = of.get(key) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{directory}: compressed-tensors {key} is {value!r}; expected an object")
+        return value
+
+    groups = part(settings, "config_groups")
+    _check(directory, len(groups) == 1, "config_groups", "one group")
+    _check(directory, not settings.get("transform_config"), "transform_config", "none")
+    _check(directory, part(settings, "sparsity_config").get("format", "dense") == "dense", "sparsity_config", "dense")
+    group = part(groups, next(iter(groups)))
+    return part(group, "weights"), part(group, "input_activations")
+
+
+def _check(directory: Path, ok: bool, what: str, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{directory}: compressed-tensors {what} is not supported; expected {expected}")
+
+
 def _format(directory: Path, settings: dict[str, Any]) -> Format:
     """The format of every quantised linear. Raises ValueError naming the first setting that is not supported."""
-
-    def check(ok: bool, what: str, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{directory}: compressed-tensors {what} is not supported; expected {expected}")
-
-    packing, groups = settings.get("format"), settings.get("config_groups")
-    check(packing in _BITS, f"format {packing!r}", " or ".join(_BITS))
+    check, packing = partial(_check, directory), settings.get("format")
+    check(isinstance(packing, str) and packing in _BITS, f"format {packing!r}", " or ".join(_BITS))
     bits = _BITS[str(packing)]
-    check(isinstance(groups, dict) and len(groups) == 1, "config_groups", "one group")
-    check(not settings.get("transform_config"), "transform_config", "none")
-    sparsity = settings.get("sparsity_config") or {}
-    check(sparsity.get("format", "dense") == "dense", "sparsity_config", "dense weights")
-    group: dict[str, Any] = next(iter(dict(groups or {}).values()))
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = the_group(directory, settings)
     found = weights.get("num_bits"), weights.get("type"), weights.get("symmetric")
     check(found == (bits, "int", True), f"{packing} of {found}", f"({bits}, 'int', symmetric)")
     strategy, size = weights.get("strategy"), weights.get("group_size")
     check(strategy in ("channel", "group"), f"strategy {strategy!r}", "channel or group")
     check(strategy == "channel" or (type(size) is int and size > 0), f"group_size {size!r}", "a positive number")
-    if inputs is not None:
+    if inputs:
         found = bits, inputs.get("num_bits"), inputs.get("dynamic")
         check(found == (8, 8, True), f"activations of {found}", "8-bit weights with 8 bits, dynamic")
-    name = "int4" if bits == 4 else "int8" if inputs is None else "w8a8"
+    name = "int4" if bits == 4 else "w8a8" if inputs else "int8"
     return replace(FORMATS[name], group=0 if strategy == "channel" else int(size or 0))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from distinf.weights.compressed_tensors import the_group
 from distinf.weights.quantised import expect, finite
 from distinf.weights.safetensors import SafetensorsCheckpoint, StoredTensor
 
@@ -86,15 +87,13 @@ def _fp8_block(directory: Path, settings: dict[str, Any]) -> tuple[int, int]:
 
 def _compressed_block(directory: Path, settings: dict[str, Any]) -> tuple[int, int]:
     """See _fp8_block."""
-    groups = settings.get("config_groups")
-    group = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else {}
-    weights = (group.get("weights") if isinstance(group, dict) else None) or {}
+    weights, _ = the_group(directory, settings)
     found = weights.get("num_bits"), weights.get("type"), weights.get("symmetric")
     strategy = weights.get("strategy")
     if found != (8, "float", True) or strategy not in ("tensor", "channel", "block"):
         raise ValueError(
             f"{directory}: compressed-tensors float-quantized of {found} by {strategy!r} is not supported; "
-            "expected one group of (8, 'float', symmetric) by tensor, channel or block"
+            "expected (8, 'float', symmetric) by tensor, channel or block"
         )
     if strategy == "block":
         return _block_of(directory, "block_structure", weights.get("block_structure"))

@@ -245,9 +245,6 @@ def hf_config(file: GGUFFields, architecture: Architecture, read: Read) -> dict[
 
 def _check_sizes(file: GGUFFields) -> None:
     """Raises ValueError for counts that the tensors do not bear out, before anything is made as often."""
-    parts = file.value("split.count", 1, (int,))
-    if parts > 1:
-        raise ValueError(f"{file.path}: one of {parts} parts; expected all in one file (llama-gguf-split --merge)")
     layers, experts = file.count("block_count"), file.number("expert_count", 0)
     if layers > len(file.tensors):
         raise ValueError(f"{file.path}: {layers} layers ({file.name('block_count')}), but {len(file.tensors)} tensors")

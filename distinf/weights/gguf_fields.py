@@ -26,6 +26,9 @@ class GGUFFields:
         self._fields = fields
         self._taken: set[str] = set()
         self.architecture = ""
+        parts = self.value("split.count", 1, (int,))  # the later ones have hardly any other field
+        if parts > 1:
+            raise ValueError(f"{path}: one of {parts} parts; expected all in one file (llama-gguf-split --merge)")
         self.architecture = str(self.value("general.architecture", kinds=(str,)))
 
     def name(self, key: str) -> str:

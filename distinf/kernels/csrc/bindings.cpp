@@ -124,7 +124,7 @@ void partial_zeros(Runtime& rt, int64_t n, AllReduce& group) {
 
 NormArgs norm_args(Runtime& rt, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows, int64_t n,
                    float eps) {
-  rt.reserve_scratch(norm_scratch_bytes(rt.team.size()));
+  rt.reserve_scratch(norm_scratch_bytes(rt.team.size(), n));
   return {at<float>(x), {}, at<const float>(weight), at<const float>(bias), at<bf16>(out), rows, n, eps, nullptr};
 }
 

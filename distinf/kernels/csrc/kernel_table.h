@@ -44,13 +44,20 @@ struct NormArgs {
   bf16* out;
   int64_t rows, n;
   float eps;
-  char* scratch;  // norm_scratch_bytes(workers)
+  char* scratch;  // norm_scratch_bytes(workers, n)
 };
 
-// What a worker knows of its part of a row, up to three floats, lies on cache lines of its own: for each of fewer rows
+// A row is summed up in pieces of so many columns, which are joined in their order whoever has read them: its bits do
+// not depend on the number of workers, so that ranks of unequal size send a token to the same experts.
+constexpr int64_t kNormPiece = 256;
+constexpr int64_t norm_pieces(int64_t n) { return (n + kNormPiece - 1) / kNormPiece; }
+
+// What a worker knows of its pieces, up to three floats each, lies on cache lines of its own: for each of fewer rows
 // than workers.
-constexpr int64_t norm_scratch_stride(int64_t workers) { return round_up(workers * 3 * 4, 64); }
-constexpr int64_t norm_scratch_bytes(int64_t workers) { return workers * norm_scratch_stride(workers); }
+constexpr int64_t norm_scratch_stride(int64_t workers, int64_t n) {
+  return round_up(workers * ((norm_pieces(n) + workers - 1) / workers) * 3 * 4, 64);
+}
+constexpr int64_t norm_scratch_bytes(int64_t workers, int64_t n) { return workers * norm_scratch_stride(workers, n); }
 
 // Which rows of a step belong to which sequence, and where their keys and values lie.
 struct BatchArgs {

@@ -44,7 +44,7 @@ struct LayerNorm {
   static Part read(const NormArgs& args, int64_t row, int64_t begin, int64_t end) {
     Vec total = zero();
     for (int64_t i = begin; i < end; i += kLanes) total = add(total, take_in(args, row, i, end));
-    const float count = static_cast<float>(end - begin), mean = sum(total) / std::max(count, 1.0f);
+    const float count = static_cast<float>(end - begin), mean = sum(total) / count;
     const float* x = args.x + row * args.n;
     Vec squares = zero();
     int64_t i = begin;
@@ -59,7 +59,6 @@ struct LayerNorm {
 
   // Chan, Golub and LeVeque, The American Statistician 37(3), 1983, equation 2.1
   static void join(Part& total, const Part& part) {
-    if (part.count == 0) return;
     const float count = total.count + part.count, apart = part.mean - total.mean;
     total.squares += part.squares + apart * apart * (total.count * part.count / count);
     total.mean += apart * (part.count / count);
@@ -81,24 +80,32 @@ template <class Norm>
 inline void norm_rows(const Worker& w, const NormArgs& args) {
   using Part = typename Norm::Part;
   static_assert(sizeof(Part) <= 3 * sizeof(float), "norm_scratch_stride");
+  const int64_t pieces = norm_pieces(args.n);
+  const auto start = [&](int64_t piece) { return std::min(piece * kNormPiece, args.n); };
+  const auto read = [&](int64_t row, int64_t piece) { return Norm::read(args, row, start(piece), start(piece + 1)); };
   if (args.rows >= w.count) {
     for (int64_t row = w.begin(args.rows); row < w.end(args.rows); row++) {
-      Norm::write(args, row, Norm::read(args, row, 0, args.n), 0, args.n);
+      Part all{};
+      for (int64_t piece = 0; piece < pieces; piece++) Norm::join(all, read(row, piece));
+      Norm::write(args, row, all, 0, args.n);
     }
     return;
   }
-  // Fewer rows than workers: a row's columns are divided, 16 (a cache line of fp32) at least to each.
-  const int64_t lines = (args.n + 15) / 16;
-  const int64_t begin = w.begin(lines) * 16, end = std::min(w.end(lines) * 16, args.n);
-  const auto parts = [&](int worker) {
-    return reinterpret_cast<Part*>(args.scratch + worker * norm_scratch_stride(w.count));
+  // Fewer rows than workers: a row's pieces are divided.
+  const auto parts = [&](const Worker& of, int64_t row, int64_t piece) -> Part& {
+    auto* theirs = reinterpret_cast<Part*>(args.scratch + of.index * norm_scratch_stride(w.count, args.n));
+    return theirs[row * ((pieces + w.count - 1) / w.count) + piece - of.begin(pieces)];
   };
-  for (int64_t row = 0; row < args.rows; row++) parts(w.index)[row] = Norm::read(args, row, begin, end);
+  for (int64_t row = 0; row < args.rows; row++) {
+    for (int64_t piece = w.begin(pieces); piece < w.end(pieces); piece++) parts(w, row, piece) = read(row, piece);
+  }
   w.barrier();
   for (int64_t row = 0; row < args.rows; row++) {
     Part all{};
-    for (int i = 0; i < w.count; i++) Norm::join(all, parts(i)[row]);
-    Norm::write(args, row, all, begin, end);
+    for (Worker of{0, w.count, nullptr}; of.index < w.count; of.index++) {
+      for (int64_t piece = of.begin(pieces); piece < of.end(pieces); piece++) Norm::join(all, parts(of, row, piece));
+    }
+    Norm::write(args, row, all, start(w.begin(pieces)), start(w.end(pieces)));
   }
 }
 
