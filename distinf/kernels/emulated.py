@@ -28,8 +28,8 @@ from distinf.kernels.formats import Format
 from distinf.kernels.ranks import Ranks
 from distinf.kernels.routing import Routes
 
-# Of what the ranks reach here: room for attention and norms, and for weights that come to lie in slower memory than
-# the ones that were timed (1.7 times slower on a virtual machine, perf/LOG.md).
+# Of what the ranks reach here: room for attention and norms, and for a virtual machine whose host moves its CPUs
+# together after they were timed (memory is then 1.8 times slower, perf/LOG.md).
 HEADROOM = 0.4
 # Sleeping is exact to some 60 us on Linux (its timer slack is 50): the rest is spun away.
 _SLEEP_SLACK_S = 300e-6
