@@ -190,6 +190,18 @@ def test_rope_ratio_of_chatglm() -> None:
     assert raised == RopeConfig(5e6, 64, None, 131072)
 
 
+def test_rope_ratio_without_a_name_is_refused() -> None:
+    hf = {**COMMON, **PUBLISHED["chatglm2-6b-32k"][0], "_name_or_path": "my/finetune"}
+    with pytest.raises(
+        ValueError, match=r"'rope_ratio' 50 means one thing in ChatGLM2 .* expected a name with chatglm2"
+    ):
+        family("chatglm").config_from_hf(hf)
+    assert family("chatglm").config_from_hf({**hf, "rope_ratio": 1}).rope
+    assert family("chatglm").config_from_hf({**hf, "_name_or_path": "a/chatglm3-6b-32k"}).rope == RopeConfig(
+        500000.0, 64, None, 32768
+    )
+
+
 def test_the_first_chatglm_is_refused() -> None:
     hf = {**COMMON, "model_type": "chatglm", "position_encoding_2d": True, "inner_hidden_size": 16384}
     with pytest.raises(ValueError, match="config: position_encoding_2d True is not supported; expected False"):

@@ -65,7 +65,8 @@ def rope_config(fields: Fields, head_dim: int) -> RopeConfig:
     """
     ratio, positions = fields.number("rope_ratio", default=1.0), fields.integer("seq_length")
     name = str(fields.get("_name_or_path", default="")).lower()
-    if ratio != 1 and fields.integer("padded_vocab_size", "vocab_size") == _VOCAB_2_AND_3 and "chatglm" not in name:
+    told = "chatglm2" in name or "chatglm3" in name
+    if ratio != 1 and not told and fields.integer("padded_vocab_size", "vocab_size") == _VOCAB_2_AND_3:
         raise ValueError(
             f"config: 'rope_ratio' {ratio:g} means one thing in ChatGLM2 and another in ChatGLM3, and '_name_or_path' "
             f"{name!r} tells neither; expected a name with chatglm2 or chatglm3 in it"
