@@ -18,7 +18,7 @@ from distinf.comm import Group, InputError, agreed
 from distinf.config import DTYPES, ISAS, KERNELS, KV_DTYPES, LOAD_FORMATS, MEMBINDS, RunConfig
 from distinf.device import Device, device_rank, parse_devices
 from distinf.engine import Sequence
-from distinf.hetero.report import tuning_report, tuning_text
+from distinf.hetero.report import phase_texts, tuning_report, tuning_text
 from distinf.hetero.tune import CACHE_DIR, ROWS, Load, tune, tune_cached, within_memory
 from distinf.info import describe
 from distinf.llm import LLM, Completion, peak_rss_mb
@@ -116,7 +116,9 @@ def load_llm(args: argparse.Namespace, group: Group, kv_tokens: int) -> LLM:
         agreed(group, lambda: device_rank(parse_devices(args.device, group.world_size)))
     asked = {key: vars(args)[key] for key in _TUNED_FOR}
     trial, start = loader(args, group, kv_tokens), start_shares(args, group)
-    return load(tune_cached(trial, asked, group, args.tune_cache, args.gpu_memory_gb, start), None)
+    shares = tune_cached(trial, asked, group, args.tune_cache, args.gpu_memory_gb, start)
+    _notifier(group)("shares found: " + ", ".join(phase_texts(shares)))
+    return load(shares, None)
 
 
 def start_shares(args: argparse.Namespace, group: Group) -> PhaseShares | None:
@@ -253,6 +255,8 @@ def _prompt(args: argparse.Namespace) -> str | list[int]:
             text = Path(args.prompt_file).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"--prompt-file {args.prompt_file}: not a UTF-8 text file") from None
+        except OSError as error:
+            raise ValueError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
     else:
         text = args.prompt
     if not text:

@@ -86,7 +86,8 @@ def load_model(
     agreed(group, lambda: check_memory([needs[mate] for mate in mates], available_bytes()))
     slots = group.make_room(PREFILL_ROWS * config.hidden)  # after `bind`: near this rank's cores
     slow = [f"sums of a prefill go through in pieces: {slots}"] if slots else []
-    for line in [*describe(bound.bindings), *(f"warning: {text}" for text in [*bound.warnings, *slow])]:
+    on = [f"rank {rank} computes on {device}" for rank, device in enumerate(devices) if device.kind != "cpu"]
+    for line in [*describe(bound.bindings), *on, *(f"warning: {text}" for text in [*bound.warnings, *slow])]:
         notify(line)
     cores = bound.bindings[group.rank].cores
     cache = agreed(group, lambda: _cache(pack_cache, checkpoint, plan, group.rank, kernels) if pack_cache else None)

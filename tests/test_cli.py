@@ -76,7 +76,7 @@ MISTAKES = [
     (["generate", "--token-ids", ""], "the prompt is empty"),
     (["generate", "--token-ids", "1,x"], "--token-ids '1,x': expected whole numbers"),
     (["generate", "--prompt", "x", "--model", "nowhere"], "--model 'nowhere': no such file or directory"),
-    (["generate", "--prompt-file", "nowhere"], "nowhere"),
+    (["generate", "--prompt-file", "nowhere"], "--prompt-file nowhere: No such file or directory"),
     (["generate", "--prompt", "x", "--comm", "pigeon"], "--comm 'pigeon' is unknown"),
     (["generate", "--prompt", "x", "--isa", "mmx"], "--isa 'mmx' is unknown"),
     (["generate", "--prompt", "x", "--temperature", "-1"], "--temperature -1.0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distinf.hetero.tune import Candidate, Tuning
+from distinf.shard import PhaseShares
 
 
 def tuning_report(tuning: Tuning) -> dict[str, Any]:
@@ -45,7 +46,12 @@ def tuning_text(tuning: Tuning) -> str:
         measured = "not tried" if candidate.measured_ms is None else f"measured {candidate.measured_ms:9.3f}"
         mark = "  <- chosen" if candidate is tuning.chosen else ""
         lines.append(f"  {candidate.name:<28} predicted {candidate.predicted_ms:9.3f}  {measured}{mark}")
-    shares = tuning.chosen.shares
-    for phase, of_ranks in vars(shares).items():
-        lines.append(f"  {phase:<10} " + " ".join(f"{float(s / sum(of_ranks)):.4f}" for s in of_ranks))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {text}" for text in phase_texts(tuning.chosen.shares))])
+
+
+def phase_texts(shares: PhaseShares) -> list[str]:
+    """Each phase with every rank's part of 1."""
+    return [
+        " ".join([phase, *(f"{float(s / sum(of_ranks)):.4f}" for s in of_ranks)])
+        for phase, of_ranks in vars(shares).items()
+    ]
