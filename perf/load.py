@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from distinf.cli import run_ranks
 from distinf.comm import Group, InputError, agreed
 from distinf.config import DTYPES, RunConfig
+from distinf.device import parse_devices
 from distinf.llm import load_model
 from distinf.models import family
 from distinf.shard import PhaseShares, parse_shares
@@ -53,7 +54,8 @@ def measure(args: argparse.Namespace, group: Group) -> None:
     files = sorted(directory.glob("*.safetensors"))
     nbytes = sum(f.stat().st_size for f in files)
     cat_s, copy_s = floor(files, nbytes) if group.rank == 0 else (0.0, 0.0)
-    run = RunConfig(dtype=args.dtype, shares=PhaseShares.of(parse_shares(None, group.world_size)))
+    shares = PhaseShares.of(parse_shares(None, group.world_size))
+    run = RunConfig(dtype=args.dtype, shares=shares, devices=parse_devices([], group.world_size))
     first = load(directory, run, group, cache)
     ranks = group.all_gather_object(first)
     load_s = max(r["load_s"] for r in ranks)

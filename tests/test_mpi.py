@@ -91,8 +91,8 @@ def assert_tie(exact: AutoModelForCausalLM, context: list[int], a: int, b: int) 
     """
     with torch.no_grad():
         hidden = exact.model(torch.tensor([context])).last_hidden_state[0, -1]
-    difference = exact.lm_head.weight[a] - exact.lm_head.weight[b]
-    gap = float(hidden @ difference)
+        difference = exact.lm_head.weight[a] - exact.lm_head.weight[b]
+        gap = float(hidden @ difference)
     sigma = 2**-9 * (8 * exact.config.num_hidden_layers) ** 0.5 * float((hidden * difference).norm())
     assert abs(gap) < 2 * 4 * sigma, f"tokens {a} and {b} are {gap} apart, no tie (sigma {sigma})"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPO, Finished, run
+from tests.conftest import REPO, Finished, ranks, run
 
 FAST = ("--num-layers", "2", "--rounds", "1")
 
@@ -34,12 +34,11 @@ def test_gemm_times_every_layer_of_a_shard_beside_torch() -> None:
 
 
 def test_load_reports_time_bytes_and_memory(tiny_llama: Path, tmp_path: Path) -> None:
-    result = run(
-        [sys.executable, "perf/load.py", "--dir", str(tiny_llama), "--dtype", "int8", "--pack-cache", str(tmp_path)]
-    ).result
+    flags = "--dir", tiny_llama, "--dtype", "int8", "--pack-cache", tmp_path
+    result = run(ranks(2, "python", "perf/load.py", *flags)).result
     assert result["file_bytes"] == (tiny_llama / "model.safetensors").stat().st_size
     assert result["second_load_s"] > 0 and result["load_s"] > 0 and result["peak_over_final_rss"] >= 1
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_load_makes_what_is_missing_and_wants_an_empty_cache(tmp_path: Path) -> None:
