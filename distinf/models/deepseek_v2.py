@@ -8,7 +8,7 @@ from typing import Any
 
 from distinf.config import MlaConfig, ModelConfig, MoeConfig, RopeConfig
 from distinf.models.fields import Fields, read_config
-from distinf.models.llama import build, llama_config, mlp_params, norm_params, outer_params, rope_config
+from distinf.models.llama import build, decoder_params, llama_config, rope_config
 from distinf.models.moe import expert_params, router_param, shared_params
 from distinf.models.params import Param, Source, vector
 from distinf.models.rope import yarn_mscale
@@ -85,16 +85,7 @@ def score_scale(mla: MlaConfig, rope: RopeConfig) -> float:
 
 def params(config: ModelConfig) -> list[Param]:
     """See distinf.models.Family."""
-    table = outer_params(config)
-    for i in range(config.n_layers):
-        source, name = f"model.layers.{i}.", f"layers.{i}."
-        table += norm_params(source, name, config)
-        table += latent_params(source + "self_attn.", name, config)
-        if config.has_experts(i):
-            table += layer_experts(source + "mlp.", name, config)
-        else:
-            table += mlp_params(source + "mlp.", name, config)
-    return table
+    return decoder_params(config, latent_params, layer_experts)
 
 
 def latent_params(source: str, name: str, config: ModelConfig) -> list[Param]:

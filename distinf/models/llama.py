@@ -15,6 +15,9 @@ from distinf.models.params import Param, Source, Weights, vector
 from distinf.models.rope import Rotary, scaling_kind
 from distinf.shard import Shard
 
+# (prefix in the checkpoint, prefix of ours, config) -> a part of one layer.
+LayerParams = Callable[[str, str, ModelConfig], list[Param]]
+
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """See distinf.models.Family."""
@@ -108,12 +111,18 @@ def windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int, ...
 
 def params(config: ModelConfig) -> list[Param]:
     """See distinf.models.Family."""
+    return decoder_params(config, attention_params)
+
+
+def decoder_params(config: ModelConfig, attention: LayerParams, experts: LayerParams | None = None) -> list[Param]:
+    """The split table of a model in Llama's layout; `experts` take the MLP's place in layers that have them."""
     table = outer_params(config)
     for i in range(config.n_layers):
         source, name = f"model.layers.{i}.", f"layers.{i}."
+        mlp = experts if experts and config.has_experts(i) else mlp_params
         table += norm_params(source, name, config)
-        table += attention_params(source + "self_attn.", name, config)
-        table += mlp_params(source + "mlp.", name, config)
+        table += attention(source + "self_attn.", name, config)
+        table += mlp(source + "mlp.", name, config)
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from distinf.config import ModelConfig, MoeConfig
 from distinf.models.fields import Fields, read_config
-from distinf.models.llama import attention_params, build, llama_config, mlp_params, norm_params, outer_params
+from distinf.models.llama import attention_params, build, decoder_params, llama_config
 from distinf.models.moe import expert_params, router_param, shared_params
 from distinf.models.params import Param, Source
 from distinf.models.qwen2 import qwen_windows
@@ -41,16 +41,7 @@ def qwen_moe(fields: Fields, **more: Any) -> MoeConfig:
 
 def params(config: ModelConfig) -> list[Param]:
     """See distinf.models.Family."""
-    table = outer_params(config)
-    for i in range(config.n_layers):
-        source, name = f"model.layers.{i}.", f"layers.{i}."
-        table += norm_params(source, name, config)
-        table += attention_params(source + "self_attn.", name, config)
-        if config.has_experts(i):
-            table += layer_experts(source + "mlp.", name, config)
-        else:
-            table += mlp_params(source + "mlp.", name, config)
-    return table
+    return decoder_params(config, attention_params, layer_experts)
 
 
 def layer_experts(source: str, name: str, config: ModelConfig) -> list[Param]:
