@@ -47,8 +47,7 @@ void pack_integer_rows(const Weight& weight, int64_t first, int64_t count, uintp
 
 LinearArgs linear_args(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, int64_t m) {
   const int workers = rt.team.size();
-  rt.reserve_scratch(weight.bits == 16 ? amx_scratch_bytes(weight, workers)
-                                       : quantised_scratch_bytes(weight, m, workers));
+  rt.reserve_scratch(linear_scratch_bytes(weight, m, workers));
   return {at<const bf16>(x),
           x_stride,
           weight,

@@ -1,4 +1,5 @@
-// bf16 GEMM on AMX tiles: the packed panels of the vector kernels are read as two B tiles per 32 rows of K.
+// bf16 GEMM on AMX tiles: the packed panels of the vector kernels are read as two B tiles per 32 rows of K. Of a
+// quantised weight each part of a panel is made bf16 first, once for a chunk of rows.
 //
 // Loop order, outside in: chunks of rows, chunks of K, this worker's panels, blocks of 32 rows. A chunk of x (rows x
 // K) stays in the L2 cache while all panels pass by, and a panel's part stays near while the row blocks do, so weights come
@@ -22,6 +23,7 @@ namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
 #include "act.inl"
+#include "panel.inl"
 #include "gemm_bf16.inl"
 
 constexpr int64_t kBlockRows = 2 * kTileRows;
@@ -29,6 +31,18 @@ constexpr int64_t kBlockRows = 2 * kTileRows;
 // is then read for 8 row blocks of 4096 tile cycles each: 4 bytes a cycle, within one core's share of the memory.
 constexpr int64_t kChunkRows = 256;
 constexpr int64_t kChunkDepth = 2048;
+
+// One worker's.
+struct Scratch {
+  float* sums;     // [panels or 1][kChunkRows][kPanel]
+  bf16* expanded;  // kChunkDepth rows of K of a quantised panel
+};
+
+// Of one worker. Without a second chunk of K the sums of a panel are stored before the next one starts.
+int64_t sums_bytes(const Weight& w, int workers) {
+  const int64_t panels = w.k > kChunkDepth ? (w.panels() + workers - 1) / workers : 1;
+  return panels * kChunkRows * kPanel * static_cast<int64_t>(sizeof(float));
+}
 
 // A range of K, and up to 256 rows of x.
 struct Chunk {
@@ -126,11 +140,14 @@ void configure_rows(int64_t rows, int64_t* configured) {
 }
 
 // All row blocks of a chunk against one panel; sums[chunk rows][kPanel] carries them from one chunk of K to the next.
-void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, float* sums, int64_t* configured) {
-  const auto* w = reinterpret_cast<const bf16*>(args.w.panel(panel)) + chunk.k * kPanel;
+void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, const Scratch& scratch,
+                 int64_t* configured) {
+  const bf16* w = bf16_rows(args.w, panel, chunk.k, chunk.depth, scratch.expanded);
+  // gcc 12's _tile_loadd declares no memory input: without this the stores of an expanded panel could be dropped.
+  asm volatile("" ::"r"(w) : "memory");
   for (int64_t r = 0; r < chunk.rows; r += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, chunk.rows - r), row = chunk.row + r;
-    float* c = sums + r * kPanel;
+    float* c = scratch.sums + r * kPanel;
     configure_rows(rows, configured);
     rows > kTileRows ? tile_block<true>(args, chunk, row, w, c) : tile_block<false>(args, chunk, row, w, c);
     if (chunk.last) store_rows(args, c, row, rows, panel);
@@ -140,23 +157,22 @@ void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, floa
 }  // namespace
 
 int64_t amx_scratch_bytes(const Weight& w, int workers) {
-  const int64_t panels = (w.panels() + workers - 1) / workers;
-  // Without a second chunk of K the sums of a panel are stored before the next one starts.
-  return workers * (w.k > kChunkDepth ? panels : 1) * kChunkRows * kPanel * static_cast<int64_t>(sizeof(float));
+  return workers * (sums_bytes(w, workers) + w.expanded_bytes(kChunkDepth));
 }
 
 void linear_bf16_amx(const Worker& w, const LinearArgs& args) {
   const int64_t first = w.begin(args.w.panels()), last = w.end(args.w.panels());
-  constexpr int64_t kPanelSums = kChunkRows * kPanel;
-  float* sums = reinterpret_cast<float*>(args.scratch + w.index * (amx_scratch_bytes(args.w, w.count) / w.count));
+  char* own = args.scratch + w.index * (amx_scratch_bytes(args.w, w.count) / w.count);
+  auto* expanded = reinterpret_cast<bf16*>(own + sums_bytes(args.w, w.count));
   int64_t configured = 0;
   for (int64_t row = 0; row < args.m; row += kChunkRows) {
     for (int64_t k = 0; k < args.w.k; k += kChunkDepth) {
       const int64_t depth = std::min(kChunkDepth, args.w.k - k);
       const Chunk chunk{row, std::min(kChunkRows, args.m - row), k, depth, k == 0, k + depth == args.w.k};
       for (int64_t panel = first; panel < last; panel++) {
-        float* panel_sums = sums + (args.w.k > kChunkDepth ? panel - first : 0) * kPanelSums;
-        panel_chunk(args, chunk, panel, panel_sums, &configured);
+        const int64_t kept = args.w.k > kChunkDepth ? panel - first : 0;
+        float* sums = reinterpret_cast<float*>(own) + kept * kChunkRows * kPanel;
+        panel_chunk(args, chunk, panel, {sums, expanded}, &configured);
       }
     }
   }

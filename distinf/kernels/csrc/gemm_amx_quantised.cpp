@@ -19,6 +19,7 @@ namespace {
 #include "vec_avx512.h"
 #include "elementwise.inl"
 #include "act.inl"
+#include "panel.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"

@@ -2,10 +2,9 @@
 
 // 24 accumulators of a row block fit beside two weights and the broadcast in 32 (AVX-512) registers, eight
 // beside four in 16 (AVX2).
-constexpr int kVectors = kPanel / kLanes;
 constexpr int kMaxRows = kLanes == 16 ? 12 : 2;
-// A weight line is asked for 4 KiB ahead of its use: DRAM latency (about 100 ns) at 20-40 GB/s per core.
-constexpr int64_t kPrefetchBytes = 4096;
+// Pairs of rows of K, eight lines of a panel, between one look ahead and the next.
+constexpr int64_t kStepPairs = 4;
 
 inline Vec with_bias(const float* bias, Vec y, int64_t i, int64_t n) { return bias ? add(y, load_n(bias, i, n)) : y; }
 
@@ -46,39 +45,49 @@ inline void store_row(const LinearArgs& args, int64_t row, int64_t panel, const 
 }
 
 template <int kRows>
-inline void panel_rows(const LinearArgs& args, int64_t panel, int64_t row) {
+inline void panel_rows(const LinearArgs& args, const bf16* w, int64_t panel, int64_t row, Ahead ahead) {
   const int64_t pairs = args.w.k / 2;
-  const auto* w = reinterpret_cast<const bf16*>(args.w.panel(panel));
   const bf16* x = args.x + row * args.x_stride;
   Vec acc[kRows][kVectors];
   for (int r = 0; r < kRows; r++) {
     for (int v = 0; v < kVectors; v++) acc[r][v] = zero();
   }
-  for (int64_t p = 0; p < pairs; p++, w += 2 * kPanel) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64);
+  const auto multiply = [&](int64_t pair) {
     Pairs columns[kVectors];
-    for (int v = 0; v < kVectors; v++) columns[v] = load_pairs(w + v * 2 * kLanes);
+    for (int v = 0; v < kVectors; v++) columns[v] = load_pairs(w + (pair * kPanel + v * kLanes) * 2);
     for (int r = 0; r < kRows; r++) {
-      const Pairs xr = broadcast_pair(x + r * args.x_stride + 2 * p);
+      const Pairs xr = broadcast_pair(x + r * args.x_stride + 2 * pair);
       for (int v = 0; v < kVectors; v++) acc[r][v] = dot_pairs(acc[r][v], xr, columns[v]);
     }
+  };
+  int64_t pair = 0;
+  for (; pair + kStepPairs <= pairs; pair += kStepPairs) {
+    ahead.next();
+    for (int64_t i = 0; i < kStepPairs; i++) multiply(pair + i);
   }
+  for (; pair < pairs; pair++) multiply(pair);
   for (int r = 0; r < kRows; r++) store_row(args, row + r, panel, acc[r]);
 }
 
 template <int kRows>
-inline void panel_tail(const LinearArgs& args, int64_t panel, int64_t row, int64_t rows) {
+inline void panel_pass(const LinearArgs& args, const bf16* w, int64_t panel, int64_t row, int64_t rows,
+                       const Ahead& ahead) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return panel_rows<kRows>(args, panel, row);
-    panel_tail<kRows - 1>(args, panel, row, rows);
+    if (rows == kRows) return panel_rows<kRows>(args, w, panel, row, ahead);
+    panel_pass<kRows - 1>(args, w, panel, row, rows, ahead);
   }
 }
 
+// Of a quantised weight, too: each panel is expanded once for all rows.
 void linear_bf16(const Worker& w, const LinearArgs& args) {
+  const Passes passes(args.m, kMaxRows);
+  const int64_t steps = std::max<int64_t>(args.w.k / 2 / kStepPairs, 1);
+  auto* buffer = reinterpret_cast<bf16*>(args.scratch + w.index * args.w.expanded_bytes(args.w.k));
   for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {
-    int64_t row = 0;
-    for (; row + kMaxRows <= args.m; row += kMaxRows) panel_rows<kMaxRows>(args, panel, row);
-    panel_tail<kMaxRows - 1>(args, panel, row, args.m - row);
+    const bf16* weights = bf16_rows(args.w, panel, 0, args.w.k, buffer);
+    for (int64_t pass = 0; pass < passes.count; pass++) {
+      const int64_t row = passes.begin(pass), rows = passes.begin(pass + 1) - row;
+      panel_pass<kMaxRows>(args, weights, panel, row, rows, {args.w, panel, passes, pass, steps});
+    }
   }
 }

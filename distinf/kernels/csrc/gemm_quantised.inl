@@ -4,27 +4,8 @@
 // Accumulators: rows x digits x vectors of a panel; 16 of 32 registers on AVX-512, 8 of 16 on AVX2.
 template <int kDigits>
 constexpr int kMaxQuantisedRows = (kLanes == 16 ? 8 : 2) / kDigits;
-
-// The numbers of one quad of rows for the whole panel.
-template <int kBits>
-inline void load_quads(const uint8_t* p, Whole* quads) {
-  if constexpr (kBits == 8) {
-    for (int v = 0; v < kVectors; v++) quads[v] = load_bytes(p + v * 4 * kLanes);
-  } else {
-    for (int v = 0; v < kVectors / 2; v++) {
-      const Whole both = load_bytes(p + v * 4 * kLanes);
-      quads[v] = low_nibbles(both);
-      quads[v + kVectors / 2] = high_nibbles(both);
-    }
-  }
-}
-
-// One vector of a group's scales, or of its offsets, which stand kPanel further on.
-inline Vec load_scales(const Weight& w, const char* header, int64_t i) {
-  if (w.scales == ScaleType::kBf16) return load(reinterpret_cast<const bf16*>(header) + i);
-  if (w.scales == ScaleType::kFp16) return load(reinterpret_cast<const fp16*>(header) + i);
-  return load(reinterpret_cast<const float*>(header) + i);
-}
+// Quads of rows of K between one look ahead and the next: as many as the smallest group has.
+constexpr int64_t kStepQuads = 8;
 
 // What one group adds to a result, for one vector of columns: acc has its whole-number products, one for each
 // digit of the row, `sums` the sums of those digits.
@@ -44,7 +25,8 @@ inline Vec group_result(const Weight& w, const char* header, int v, const Whole*
 }
 
 template <int kBits, int kDigits, int kRows>
-inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q, int64_t panel, int64_t row) {
+inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q, int64_t panel, int64_t row,
+                                 Ahead ahead) {
   const Weight& w = args.w;
   const char* header = w.panel(panel);
   const int64_t quads_in_group = w.group_rows() / 4;
@@ -56,17 +38,20 @@ inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q,
     Whole acc[kRows][kDigits][kVectors];
     for (int i = 0; i < kRows * kDigits * kVectors; i++) (&acc[0][0][0])[i] = zero_whole();
     const auto* p = reinterpret_cast<const uint8_t*>(header + w.group_header_bytes());
-    for (int64_t quad = 0; quad < quads_in_group; quad++, p += kPanel * kBits / 2) {
-      __builtin_prefetch(p + kPrefetchBytes);
-      if constexpr (kBits == 8) __builtin_prefetch(p + kPrefetchBytes + 64);
+    const auto multiply = [&](int64_t quad) {
       Whole columns[kVectors];
-      load_quads<kBits>(p, columns);
+      load_quads<kBits>(p + quad * kPanel * kBits / 2, columns);
       for (int r = 0; r < kRows; r++) {
         for (int d = 0; d < kDigits; d++) {
           const Whole xr = broadcast_quad(q.digit(w, row + r, d) + (group * quads_in_group + quad) * 4);
           for (int v = 0; v < kVectors; v++) acc[r][d][v] = dot_quads(acc[r][d][v], columns[v], xr);
         }
       }
+    };
+    for (int64_t quad = 0; quad < quads_in_group; quad += kStepQuads) {
+      ahead.next();
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < kStepQuads; i++) multiply(quad + i);
     }
     for (int r = 0; r < kRows; r++) {
       for (int v = 0; v < kVectors; v++) {
@@ -83,10 +68,11 @@ inline void quantised_panel_rows(const LinearArgs& args, const QuantisedRows& q,
 }
 
 template <int kBits, int kDigits, int kRows>
-inline void quantised_tail(const LinearArgs& args, const QuantisedRows& q, int64_t panel, int64_t row, int64_t rows) {
+inline void quantised_pass(const LinearArgs& args, const QuantisedRows& q, int64_t panel, int64_t row, int64_t rows,
+                           const Ahead& ahead) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return quantised_panel_rows<kBits, kDigits, kRows>(args, q, panel, row);
-    quantised_tail<kBits, kDigits, kRows - 1>(args, q, panel, row, rows);
+    if (rows == kRows) return quantised_panel_rows<kBits, kDigits, kRows>(args, q, panel, row, ahead);
+    quantised_pass<kBits, kDigits, kRows - 1>(args, q, panel, row, rows, ahead);
   }
 }
 
@@ -94,14 +80,29 @@ template <int kBits, int kDigits>
 inline void quantised_panels(const Worker& w, const LinearArgs& args) {
   constexpr int kRows = kMaxQuantisedRows<kDigits>;
   const QuantisedRows q = quantise(w, args);
+  const Passes passes(args.m, kRows);
+  const int64_t steps = args.w.groups() * (args.w.group_rows() / 4 / kStepQuads);
   for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {
-    int64_t row = 0;
-    for (; row + kRows <= args.m; row += kRows) quantised_panel_rows<kBits, kDigits, kRows>(args, q, panel, row);
-    quantised_tail<kBits, kDigits, kRows - 1>(args, q, panel, row, args.m - row);
+    for (int64_t pass = 0; pass < passes.count; pass++) {
+      const int64_t row = passes.begin(pass), rows = passes.begin(pass + 1) - row;
+      quantised_pass<kBits, kDigits, kRows>(args, q, panel, row, rows, {args.w, panel, passes, pass, steps});
+    }
   }
 }
 
+// Whether to make each panel bf16 once for all rows. With VNNI that saves every row the ends of small groups; without,
+// bf16 products are the faster ones anyway, but not on AVX2. The limits are measured (perf/LOG.md).
+inline bool expands(const LinearArgs& args) {
+  if (args.w.digits == 1) return false;
+#ifdef DISTINF_HAS_BF16
+  return args.w.group && args.w.group <= 64 && 2 * args.m >= args.w.group;
+#else
+  return kLanes == 16 && args.m > kMaxRows;
+#endif
+}
+
 void linear_quantised(const Worker& w, const LinearArgs& args) {
+  if (expands(args)) return linear_bf16(w, args);
   if (args.w.bits == 4) return quantised_panels<4, 2>(w, args);
   args.w.digits == 1 ? quantised_panels<8, 1>(w, args) : quantised_panels<8, 2>(w, args);
 }

@@ -20,6 +20,7 @@ namespace {
 #include "norm.inl"
 #include "nonlinear.inl"
 #include "moe.inl"
+#include "panel.inl"
 #include "gemm_bf16.inl"
 #include "activations.inl"
 #include "gemm_quantised.inl"

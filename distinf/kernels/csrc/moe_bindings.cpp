@@ -60,8 +60,7 @@ void expert_linear(Runtime& rt, uintptr_t x, const std::vector<Weight>& experts,
                    uintptr_t out, bool out_fp32, int64_t rows) {
   const int workers = rt.team.size();
   for (const Weight& weight : experts) {
-    rt.reserve_scratch(weight.bits == 16 ? amx_scratch_bytes(weight, workers)
-                                         : quantised_scratch_bytes(weight, rows, workers));
+    rt.reserve_scratch(linear_scratch_bytes(weight, rows, workers));
   }
   rt.execute([=, &rt](const Worker& w) {
     const auto* first = at<const int32_t>(starts);

@@ -21,13 +21,16 @@ inline void store(int8_t* p, Vec v) {
   const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
 }
-inline void store(bf16* p, Vec v) {
+// Rounded to bf16, which are the upper halves of the lanes.
+inline __m256i nearest_bf16(Vec v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i even_up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i rounded = _mm256_blendv_epi8(even_up, _mm256_set1_epi32(0x7fc00000), nan);
-  const __m256i high = _mm256_srli_epi32(rounded, 16);
+  return _mm256_blendv_epi8(even_up, _mm256_set1_epi32(0x7fc00000), nan);
+}
+inline void store(bf16* p, Vec v) {
+  const __m256i high = _mm256_srli_epi32(nearest_bf16(v), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
@@ -74,6 +77,10 @@ inline Pairs broadcast_pair(const bf16* p) {
   std::memcpy(&pair, p, sizeof pair);
   return _mm256_set1_epi32(pair);
 }
+// One pair a lane, rounded to bf16.
+inline Pairs pairs_of(Vec low, Vec high) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(nearest_bf16(low), 16), nearest_bf16(high), 0xaa);
+}
 inline Vec low(Pairs p) { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); }
 inline Vec high(Pairs p) { return _mm256_castsi256_ps(_mm256_and_si256(p, _mm256_set1_epi32(int(0xffff0000)))); }
 // acc + a.low * b.low + a.high * b.high, fp32
@@ -86,6 +93,10 @@ inline Whole broadcast_whole(int32_t x) { return _mm256_set1_epi32(x); }
 inline Whole load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Whole low_nibbles(Whole x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 inline Whole high_nibbles(Whole x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+template <int kByte>  // of each lane, from its low end
+inline Whole byte(Whole x) {
+  return _mm256_and_si256(_mm256_srli_epi32(x, 8 * kByte), _mm256_set1_epi32(255));
+}
 inline Whole sub_whole(Whole a, Whole b) { return _mm256_sub_epi32(a, b); }
 inline Vec to_vec(Whole x) { return _mm256_cvtepi32_ps(x); }
 inline Whole to_whole(Vec v) { return _mm256_cvtps_epi32(v); }

@@ -20,16 +20,19 @@ inline void store_past_caches(float* p, Vec v) { _mm512_stream_ps(p, v); }  // p
 inline void store(int8_t* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
-inline void store(bf16* p, Vec v) {
-#ifdef DISTINF_HAS_BF16
-  const __m256i packed = (__m256i)_mm512_cvtneps_pbh(v);
-#else
+// Rounded to bf16, which are the upper halves of the lanes.
+inline __m512i nearest_bf16(Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i even_up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_mov_epi32(even_up, nan, _mm512_set1_epi32(0x7fc00000));
-  const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_mask_mov_epi32(even_up, nan, _mm512_set1_epi32(0x7fc00000));
+}
+inline void store(bf16* p, Vec v) {
+#ifdef DISTINF_HAS_BF16
+  const __m256i packed = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(nearest_bf16(v), 16));
 #endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
 }
@@ -72,6 +75,18 @@ inline Pairs broadcast_pair(const bf16* p) {
   std::memcpy(&pair, p, sizeof pair);
   return _mm512_set1_epi32(pair);
 }
+// One pair a lane, rounded to bf16.
+inline Pairs pairs_of(Vec low, Vec high) {
+#ifdef DISTINF_HAS_BF16
+  // All of low, then all of high; lane i takes 16-bit words i and 16 + i.
+  const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_permutexvar_epi16(
+      _mm512_or_epi32(_mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16), lane), words);
+#else
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(nearest_bf16(low), 16), nearest_bf16(high));
+#endif
+}
 // acc + a.low * b.low + a.high * b.high, fp32
 inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
 #ifdef DISTINF_HAS_BF16
@@ -93,6 +108,10 @@ inline Whole broadcast_whole(int32_t x) { return _mm512_set1_epi32(x); }
 inline Whole load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Whole low_nibbles(Whole x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline Whole high_nibbles(Whole x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+template <int kByte>  // of each lane, from its low end
+inline Whole byte(Whole x) {
+  return _mm512_and_si512(_mm512_srli_epi32(x, 8 * kByte), _mm512_set1_epi32(255));
+}
 inline Whole sub_whole(Whole a, Whole b) { return _mm512_sub_epi32(a, b); }
 inline Vec to_vec(Whole x) { return _mm512_cvtepi32_ps(x); }
 inline Whole to_whole(Vec v) { return _mm512_cvtps_epi32(v); }

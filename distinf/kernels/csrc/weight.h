@@ -58,6 +58,10 @@ struct Weight {
   }
   int64_t bytes() const { return panels() * panel_bytes(); }
   const char* panel(int64_t i) const { return data + i * panel_bytes(); }
+  // What `depth` rows of K of a panel take as bf16; nothing when they are bf16 where they lie.
+  int64_t expanded_bytes(int64_t depth) const {
+    return bits == 16 ? 0 : round_up(depth, kQuantisedDepth) * kPanel * static_cast<int64_t>(sizeof(bf16));
+  }
   int middle() const { return bits == 8 ? 128 : 8; }
 };
 
