@@ -1,8 +1,9 @@
 // bf16 GEMM on packed panels with vector instructions: weights stream once per block of kRows rows of x.
 
-// 24 accumulators of a row block fit beside two weights and the broadcast in 32 (AVX-512) registers, eight
-// beside four in 16 (AVX2).
-constexpr int kMaxRows = kLanes == 16 ? 12 : 2;
+// Accumulators of a pass: 24 beside two weights and the broadcast in 32 (AVX-512) registers, 12 in 16 (AVX2).
+constexpr int kMaxRows = kLanes == 16 ? 12 : 6;
+// Vectors of a panel that a pass of so many rows takes at once. On AVX2 more than two rows go over each half of a panel.
+constexpr int vectors_at_once(int64_t rows) { return rows > 2 ? 2 : kVectors; }
 // Pairs of rows of K, eight lines of a panel, between one look ahead and the next.
 constexpr int64_t kStepPairs = 4;
 
@@ -46,27 +47,36 @@ inline void store_row(const LinearArgs& args, int64_t row, int64_t panel, const 
 
 template <int kRows>
 inline void panel_rows(const LinearArgs& args, const bf16* w, int64_t panel, int64_t row, Ahead ahead) {
+  constexpr int kAtOnce = vectors_at_once(kRows);
   const int64_t pairs = args.w.k / 2;
   const bf16* x = args.x + row * args.x_stride;
-  Vec acc[kRows][kVectors];
-  for (int r = 0; r < kRows; r++) {
-    for (int v = 0; v < kVectors; v++) acc[r][v] = zero();
-  }
-  const auto multiply = [&](int64_t pair) {
-    Pairs columns[kVectors];
-    for (int v = 0; v < kVectors; v++) columns[v] = load_pairs(w + (pair * kPanel + v * kLanes) * 2);
-    for (int r = 0; r < kRows; r++) {
-      const Pairs xr = broadcast_pair(x + r * args.x_stride + 2 * pair);
-      for (int v = 0; v < kVectors; v++) acc[r][v] = dot_pairs(acc[r][v], xr, columns[v]);
+  Vec sums[kRows][kVectors];
+  for (int first = 0; first < kVectors; first += kAtOnce) {
+    Vec acc[kRows][kAtOnce];
+    for (int i = 0; i < kRows * kAtOnce; i++) (&acc[0][0])[i] = zero();
+    const auto multiply = [&](int64_t i) {
+      for_factors(i, [&](auto factor, int64_t pair) {
+        decltype(factor(Pairs())) columns[kAtOnce];
+        for (int v = 0; v < kAtOnce; v++) {
+          columns[v] = factor(load_pairs(w + (pair * kPanel + (first + v) * kLanes) * 2));
+        }
+        for (int r = 0; r < kRows; r++) {
+          const auto xr = factor(broadcast_pair(x + r * args.x_stride + 2 * pair));
+          for (int v = 0; v < kAtOnce; v++) acc[r][v] = dot_pairs(acc[r][v], xr, columns[v]);
+        }
+      });
+    };
+    int64_t pair = 0;
+    for (; pair + kStepPairs <= pairs; pair += kStepPairs) {
+      ahead.next();
+      for (int64_t i = 0; i < kStepPairs; i++) multiply(pair + i);
     }
-  };
-  int64_t pair = 0;
-  for (; pair + kStepPairs <= pairs; pair += kStepPairs) {
-    ahead.next();
-    for (int64_t i = 0; i < kStepPairs; i++) multiply(pair + i);
+    for (; pair < pairs; pair++) multiply(pair);
+    for (int r = 0; r < kRows; r++) {
+      for (int v = 0; v < kAtOnce; v++) sums[r][first + v] = acc[r][v];
+    }
   }
-  for (; pair < pairs; pair++) multiply(pair);
-  for (int r = 0; r < kRows; r++) store_row(args, row + r, panel, acc[r]);
+  for (int r = 0; r < kRows; r++) store_row(args, row + r, panel, sums[r]);
 }
 
 template <int kRows>
@@ -80,7 +90,7 @@ inline void panel_pass(const LinearArgs& args, const bf16* w, int64_t panel, int
 
 // Of a quantised weight, too: each panel is expanded once for all rows.
 void linear_bf16(const Worker& w, const LinearArgs& args) {
-  const Passes passes(args.m, kMaxRows);
+  const Passes passes(args.m, kMaxRows, kVectors / vectors_at_once(args.m));
   const int64_t steps = std::max<int64_t>(args.w.k / 2 / kStepPairs, 1);
   auto* buffer = reinterpret_cast<bf16*>(args.scratch + w.index * args.w.expanded_bytes(args.w.k));
   for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {

@@ -91,13 +91,13 @@ inline void quantised_panels(const Worker& w, const LinearArgs& args) {
 }
 
 // Whether to make each panel bf16 once for all rows. With VNNI that saves every row the ends of small groups; without,
-// bf16 products are the faster ones anyway, but not on AVX2. The limits are measured (perf/LOG.md).
+// bf16 products are the faster ones anyway. The limits are measured (perf/LOG.md).
 inline bool expands(const LinearArgs& args) {
   if (args.w.digits == 1) return false;
 #ifdef DISTINF_HAS_BF16
   return args.w.group && args.w.group <= 64 && 2 * args.m >= args.w.group;
 #else
-  return kLanes == 16 && args.m > kMaxRows;
+  return args.m > 12;
 #endif
 }
 

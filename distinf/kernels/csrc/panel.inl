@@ -2,15 +2,16 @@
 
 constexpr int kVectors = kPanel / kLanes;
 
-// Rows of x in passes over a panel, as equal as they can be.
+// Rows of x in passes over a panel, as equal as they can be. A pass reads the panel in so many sweeps.
 struct Passes {
-  int64_t rows, count;
+  int64_t rows, count, sweeps;
 
-  Passes(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+  Passes(int64_t rows, int64_t most, int64_t sweeps = 1)
+      : rows(rows), count((rows + most - 1) / most), sweeps(sweeps) {}
   int64_t begin(int64_t pass) const { return rows * pass / count; }
 };
 
-// What a pass over a panel asks for meanwhile, in `steps` equal steps. One pass asks 4 KiB ahead of its reading: DRAM
+// What a pass over a panel asks for meanwhile, in `steps` equal steps of a sweep. One pass asks 4 KiB ahead of its reading: DRAM
 // latency (about 100 ns) at 20-40 GB/s per core. Of several only the first would wait for memory, so each fetches its
 // part of the panel that follows into the L2 cache.
 struct Ahead {
@@ -19,7 +20,8 @@ struct Ahead {
   bool same_panel;
 
   Ahead(const Weight& w, int64_t panel, const Passes& passes, int64_t pass, int64_t steps)
-      : step(w.panel_bytes() / (passes.count * steps) + 1), same_panel(passes.count == 1) {
+      : step(w.panel_bytes() / (passes.count * passes.sweeps * steps) + 1),
+        same_panel(passes.count * passes.sweeps == 1) {
     p = end = same_panel ? w.panel(panel) + 4096 : w.panel(panel + 1) + w.panel_bytes() * pass / passes.count;
   }
 

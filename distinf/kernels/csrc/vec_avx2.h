@@ -81,10 +81,25 @@ inline Pairs broadcast_pair(const bf16* p) {
 inline Pairs pairs_of(Vec low, Vec high) {
   return _mm256_blend_epi16(_mm256_srli_epi32(nearest_bf16(low), 16), nearest_bf16(high), 0xaa);
 }
-inline Vec low(Pairs p) { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); }
-inline Vec high(Pairs p) { return _mm256_castsi256_ps(_mm256_and_si256(p, _mm256_set1_epi32(int(0xffff0000)))); }
+// The factors that a pair is multiplied as: one element, then the other. The index of the pair is handed through so that
+// the compiler reads memory again for the second one: it has no registers to keep many pairs in.
+struct LowHalf {
+  Vec operator()(Pairs p) const { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); }
+};
+struct HighHalf {
+  Vec operator()(Pairs p) const { return _mm256_castsi256_ps(_mm256_and_si256(p, _mm256_set1_epi32(int(0xffff0000)))); }
+};
+template <class F>
+inline void for_factors(int64_t pair, F f) {
+  f(LowHalf(), pair);
+  asm volatile("" : "+r"(pair));
+  f(HighHalf(), pair);
+}
+inline Vec dot_pairs(Vec acc, Vec a, Vec b) { return fma(a, b, acc); }
 // acc + a.low * b.low + a.high * b.high, fp32
-inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) { return fma(high(a), high(b), fma(low(a), low(b), acc)); }
+inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
+  return fma(HighHalf()(a), HighHalf()(b), fma(LowHalf()(a), LowHalf()(b), acc));
+}
 
 // Eight int32 lanes, or 32 bytes of them.
 using Whole = __m256i;

@@ -100,6 +100,14 @@ inline Vec dot_pairs(Vec acc, Pairs a, Pairs b) {
   return fma(a_high, b_high, fma(a_low, b_low, acc));
 #endif
 }
+// The factors that a pair is multiplied as: both elements at once (one after the other in vec_avx2.h).
+struct WholePairs {
+  Pairs operator()(Pairs p) const { return p; }
+};
+template <class F>
+inline void for_factors(int64_t pair, F f) {
+  f(WholePairs(), pair);
+}
 
 // Sixteen int32 lanes, or 64 bytes of them.
 using Whole = __m512i;
