@@ -51,6 +51,35 @@ def test_load_makes_what_is_missing_and_wants_an_empty_cache(tmp_path: Path) -> 
     assert (tmp_path / "made/model.safetensors").is_file()
 
 
+def test_llama_cpp_takes_turns_with_us(tmp_path: Path) -> None:
+    """A stand-in for the other Python: what is started, and what is made of its figures."""
+    stand_in = tmp_path / "python"
+    figures = {"version": "1", "system": "none", "ttft_ms": 1e6, "tpot_ms": 1e6}
+    stand_in.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/started\necho '{json.dumps(figures)}'\n")
+    stand_in.chmod(0o755)
+    short = ["--input-len", "4", "--output-len", "3", "--runs", "1", "--rounds", "1"]
+    done = run([sys.executable, "perf/beside_llama_cpp.py", "--llama-python", str(stand_in), *short])
+    assert len(done.result["distinf"]["tpot_ms"]) == len(done.result["llama.cpp"]["tpot_ms"]) == 1
+    assert 0 < done.result["distinf"]["tpot_ms"][0] < 1e6 and done.result["llama.cpp"]["ttft_ms"] == [1e6]
+    started = (tmp_path / "started").read_text()
+    assert ".gguf" in started and "--input-len=4 --output-len=3 --runs=1" in started
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--llama-python", "/nowhere/python"], "/nowhere/python"),
+        (["--llama-python", "true", "--model", "nowhere.gguf"], "--model 'nowhere.gguf'"),
+        (["--llama-python", "true", "--rounds", "0"], "--rounds 0: expected 1 or more"),
+        (["--llama-python", "true"], "no figures, and status 0"),
+        (["--llama-python", sys.executable], "No module named 'llama_cpp'"),
+    ],
+)
+def test_llama_cpp_mistakes_are_one_line(flags: list[str], message: str) -> None:
+    done = run([sys.executable, "perf/beside_llama_cpp.py", *flags])
+    assert done.status == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -30,7 +30,8 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-ThreadTeam::ThreadTeam(const std::vector<int>& cpus, bool oversubscribed) : spins_(oversubscribed ? 0 : kSpins) {
+ThreadTeam::ThreadTeam(const std::vector<int>& cpus, bool oversubscribed)
+    : spins_(oversubscribed ? 0 : kSpins), spins_between_(oversubscribed ? 0 : kSpinsBetween) {
   pin_this_thread(cpus.at(0));
   for (size_t i = 1; i < cpus.size(); i++) {
     workers_.emplace_back(&ThreadTeam::work, this, static_cast<int>(i), cpus[i]);
@@ -49,8 +50,8 @@ void ThreadTeam::change(std::atomic<uint32_t>& word) {
   if (sleepers_.load(std::memory_order_seq_cst)) futex_wake_all(word);
 }
 
-void ThreadTeam::wait_change(std::atomic<uint32_t>& word, uint32_t old) {
-  for (int i = 0; i < spins_; i++) {
+void ThreadTeam::wait_change(std::atomic<uint32_t>& word, uint32_t old, int spins) {
+  for (int i = 0; i < spins; i++) {
     if (word.load(std::memory_order_acquire) != old) return;
     _mm_pause();
   }
@@ -82,7 +83,7 @@ void ThreadTeam::barrier() {
     arrived_.store(0, std::memory_order_relaxed);
     change(phase_);
   } else {
-    wait_change(phase_, phase);
+    wait_change(phase_, phase, spins_);
   }
 }
 
@@ -90,7 +91,7 @@ void ThreadTeam::work(int index, int cpu) {
   pin_this_thread(cpu);
   uint32_t seen = 0;
   for (;;) {
-    wait_change(generation_, seen);
+    wait_change(generation_, seen, spins_between_);
     seen++;
     if (stop_) return;
     (*op_)(Worker{index, size(), this});

@@ -36,9 +36,11 @@ class ThreadTeam {
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
-  // 5000 pauses are about 100-300 us: longer than the host's part of a decode step, so that workers are awake when
-  // the next one starts; shorter than a scheduler quantum.
+  // Within an operation, 60-250 us: shorter than a scheduler quantum, should the other thread not be running.
   static constexpr int kSpins = 5000;
+  // Between operations, 1-5 ms: longer than the host's part of a decode step, so that workers are awake when the next one
+  // starts. On a virtual machine a CPU that slept may come back elsewhere, with half the bandwidth (perf/LOG.md).
+  static constexpr int kSpinsBetween = 100000;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
   // Runs op on every thread, the caller included, and returns when all have finished. Op must not throw.
@@ -49,13 +51,13 @@ class ThreadTeam {
  private:
   void work(int index, int cpu);
   // Spins, then yields, then sleeps until word differs from old.
-  void wait_change(std::atomic<uint32_t>& word, uint32_t old);
+  void wait_change(std::atomic<uint32_t>& word, uint32_t old, int spins);
   // Moves word on, and wakes those that went to sleep on it; no system call when nobody did.
   void change(std::atomic<uint32_t>& word);
 
   std::vector<std::thread> workers_;
   const Op* op_ = nullptr;
-  int spins_;
+  int spins_, spins_between_;
   bool stop_ = false;
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<int> arrived_{0};
