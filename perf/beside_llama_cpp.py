@@ -9,7 +9,7 @@ a block type that has no format here become bf16), and the same measurement by p
 
 Prints a table of medians over the turns, then one JSON line. GB/s is the read bandwidth measured before and after each
 turn (perf/roofline.py), which on a shared machine may change in between: the ratio of times per token is at equal
-bandwidth.
+bandwidth, as far as a turn had what was measured around it.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """The turns' figures. Raises ValueError or OSError when a measurement cannot be made."""
     names = ("threads", "input_len", "output_len", "runs")
+    for name, least in (*((name, 1) for name in names), ("output_len", 2), ("rounds", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
     same = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     ours = [sys.executable, str(HERE / "latency.py"), "--model", args.model, "--dtype", args.dtype]
     theirs = [args.llama_python, str(HERE / "llama_cpp_latency.py"), "--model", str(find_model(args.model))]
     commands = {"llama.cpp": [*theirs, *same], "distinf": [*ours, *same]}
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: expected 1 or more")
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for _ in range(args.rounds):
         for name, command in commands.items():

@@ -44,7 +44,7 @@ def test_linear(kernels: Any, m: int, n: int, k: int, bias: bool, out_dtype: tor
     cases.check_linear(kernels, m, n, k, bias, out_dtype)
 
 
-@pytest.mark.parametrize("m, n, k", [*cases.QUANTISED_SHAPES, (4, 50, 30)])
+@pytest.mark.parametrize("m, n, k", [*cases.QUANTISED_SHAPES, (4, 50, 30), (35, 50, 30)])
 @pytest.mark.parametrize("form", cases.QUANTISED, ids=lambda f: f"{f.name}-{f.group}{'-zero' * f.zero_points}")
 def test_quantised_linear(kernels: Any, form: Format, m: int, n: int, k: int) -> None:
     if kernels.name == "ipex" and form.zero_points:

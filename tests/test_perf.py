@@ -71,6 +71,7 @@ def test_llama_cpp_takes_turns_with_us(tmp_path: Path) -> None:
         (["--llama-python", "/nowhere/python"], "/nowhere/python"),
         (["--llama-python", "true", "--model", "nowhere.gguf"], "--model 'nowhere.gguf'"),
         (["--llama-python", "true", "--rounds", "0"], "--rounds 0: expected 1 or more"),
+        (["--llama-python", "true", "--output-len", "1"], "--output-len 1: expected 2 or more"),
         (["--llama-python", "true"], "no figures, and status 0"),
         (["--llama-python", sys.executable], "No module named 'llama_cpp'"),
     ],

@@ -3,6 +3,8 @@
 // One digit: x = scale * d, |d| <= 127. Two digits: x = scale * (128 d0 + d1), 15 bits and so finer than the bf16
 // that it came from; two int8 products then replace one product in a wider type that no CPU has.
 #pragma once
+#include <algorithm>
+
 #include "kernel_table.h"
 
 namespace distinf {
@@ -40,9 +42,10 @@ inline QuantisedRows quantised_rows(const Weight& w, int64_t rows, char* memory)
 // Up to this many rows every worker quantises all of them for itself: cheaper than meeting at a barrier.
 constexpr int64_t kPrivateRows = 2;
 
-// Scratch of one quantised linear over `rows` rows by `workers`.
+// Scratch of a quantised linear over at most `rows` rows by `workers`.
 inline int64_t quantised_scratch_bytes(const Weight& w, int64_t rows, int workers) {
-  return quantised_rows_bytes(w, rows) * (rows <= kPrivateRows ? workers : 1);
+  const int64_t copies = workers * quantised_rows_bytes(w, std::min(rows, kPrivateRows));
+  return std::max(copies, quantised_rows_bytes(w, rows));
 }
 
 }  // namespace distinf

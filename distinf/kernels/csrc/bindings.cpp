@@ -6,10 +6,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "activations.h"
 #include "all_reduce.h"
 #include "all_reduce_bindings.h"
-#include "gemm_amx.h"
 #include "moe_bindings.h"
 #include "pack.h"
 #include "roofline.h"
@@ -46,8 +44,7 @@ void pack_integer_rows(const Weight& weight, int64_t first, int64_t count, uintp
 }
 
 LinearArgs linear_args(Runtime& rt, uintptr_t x, int64_t x_stride, const Weight& weight, uintptr_t bias, int64_t m) {
-  const int workers = rt.team.size();
-  rt.reserve_scratch(linear_scratch_bytes(weight, m, workers));
+  rt.reserve_scratch(rt.kernels.linear_scratch_bytes(weight, m, rt.team.size()));
   return {at<const bf16>(x),
           x_stride,
           weight,

@@ -34,14 +34,17 @@ constexpr int64_t kChunkDepth = 2048;
 
 // One worker's.
 struct Scratch {
-  float* sums;     // [panels or 1][kChunkRows][kPanel]
+  float* sums;     // [panels or 1][rows of a chunk][kPanel]
   bf16* expanded;  // kChunkDepth rows of K of a quantised panel
 };
 
+// A panel's sums: of the largest chunk of `rows`, in whole row blocks.
+int64_t sums_of_panel(int64_t rows) { return std::min(kChunkRows, round_up(rows, kBlockRows)) * kPanel; }
+
 // Of one worker. Without a second chunk of K the sums of a panel are stored before the next one starts.
-int64_t sums_bytes(const Weight& w, int workers) {
+int64_t sums_bytes(const Weight& w, int64_t rows, int workers) {
   const int64_t panels = w.k > kChunkDepth ? (w.panels() + workers - 1) / workers : 1;
-  return panels * kChunkRows * kPanel * static_cast<int64_t>(sizeof(float));
+  return panels * sums_of_panel(rows) * static_cast<int64_t>(sizeof(float));
 }
 
 // A range of K, and up to 256 rows of x.
@@ -156,14 +159,14 @@ void panel_chunk(const LinearArgs& args, const Chunk& chunk, int64_t panel, cons
 
 }  // namespace
 
-int64_t amx_scratch_bytes(const Weight& w, int workers) {
-  return workers * (sums_bytes(w, workers) + w.expanded_bytes(kChunkDepth));
+int64_t amx_scratch_bytes(const Weight& w, int64_t rows, int workers) {
+  return workers * (sums_bytes(w, rows, workers) + w.expanded_bytes(kChunkDepth));
 }
 
 void linear_bf16_amx(const Worker& w, const LinearArgs& args) {
   const int64_t first = w.begin(args.w.panels()), last = w.end(args.w.panels());
-  char* own = args.scratch + w.index * (amx_scratch_bytes(args.w, w.count) / w.count);
-  auto* expanded = reinterpret_cast<bf16*>(own + sums_bytes(args.w, w.count));
+  char* own = args.scratch + w.index * (amx_scratch_bytes(args.w, args.m, w.count) / w.count);
+  auto* expanded = reinterpret_cast<bf16*>(own + sums_bytes(args.w, args.m, w.count));
   int64_t configured = 0;
   for (int64_t row = 0; row < args.m; row += kChunkRows) {
     for (int64_t k = 0; k < args.w.k; k += kChunkDepth) {
@@ -171,7 +174,7 @@ void linear_bf16_amx(const Worker& w, const LinearArgs& args) {
       const Chunk chunk{row, std::min(kChunkRows, args.m - row), k, depth, k == 0, k + depth == args.w.k};
       for (int64_t panel = first; panel < last; panel++) {
         const int64_t kept = args.w.k > kChunkDepth ? panel - first : 0;
-        float* sums = reinterpret_cast<float*>(own) + kept * kChunkRows * kPanel;
+        float* sums = reinterpret_cast<float*>(own) + kept * sums_of_panel(args.m);
         panel_chunk(args, chunk, panel, {sums, expanded}, &configured);
       }
     }

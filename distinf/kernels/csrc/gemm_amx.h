@@ -1,22 +1,12 @@
 #pragma once
-#include <algorithm>
-
-#include "activations.h"
 #include "kernel_table.h"
 
 namespace distinf {
 
 // linear_bf16 of KernelTable on AMX tiles. The caller has checked isa_available(Isa::kAmx).
 void linear_bf16_amx(const Worker& w, const LinearArgs& args);
-// Scratch that it needs for any number of rows.
-int64_t amx_scratch_bytes(const Weight& w, int workers);
-
-// Enough for every kernel of a linear over so many rows.
-inline int64_t linear_scratch_bytes(const Weight& w, int64_t rows, int workers) {
-  if (w.bits == 16) return amx_scratch_bytes(w, workers);
-  return std::max(
-      {quantised_scratch_bytes(w, rows, workers), amx_scratch_bytes(w, workers), workers * w.expanded_bytes(w.k)});
-}
+// Scratch that it needs for at most so many rows.
+int64_t amx_scratch_bytes(const Weight& w, int64_t rows, int workers);
 
 // linear_quantised of KernelTable on AMX tiles.
 void linear_quantised_amx(const Worker& w, const LinearArgs& args);

@@ -1,8 +1,9 @@
-// bf16 GEMM on packed panels with vector instructions: weights stream once per block of kRows rows of x.
+// bf16 GEMM on packed panels with vector instructions: a panel is read from memory once and from the L2 cache for each
+// further pass of kMaxRows rows. (One of K = 16384 and more no longer fits there.)
 
 // Accumulators of a pass: 24 beside two weights and the broadcast in 32 (AVX-512) registers, 12 in 16 (AVX2).
 constexpr int kMaxRows = kLanes == 16 ? 12 : 6;
-// Vectors of a panel that a pass of so many rows takes at once. On AVX2 more than two rows go over each half of a panel.
+// Vectors of a panel that a pass of so many rows takes at once. On AVX2 more than two rows sweep over each half.
 constexpr int vectors_at_once(int64_t rows) { return rows > 2 ? 2 : kVectors; }
 // Pairs of rows of K, eight lines of a panel, between one look ahead and the next.
 constexpr int64_t kStepPairs = 4;
@@ -97,7 +98,7 @@ void linear_bf16(const Worker& w, const LinearArgs& args) {
     const bf16* weights = bf16_rows(args.w, panel, 0, args.w.k, buffer);
     for (int64_t pass = 0; pass < passes.count; pass++) {
       const int64_t row = passes.begin(pass), rows = passes.begin(pass + 1) - row;
-      panel_pass<kMaxRows>(args, weights, panel, row, rows, {args.w, panel, passes, pass, steps});
+      panel_pass<kMaxRows>(args, weights, panel, row, rows, {args.w, w, panel, passes, pass, steps});
     }
   }
 }

@@ -85,24 +85,30 @@ inline void quantised_panels(const Worker& w, const LinearArgs& args) {
   for (int64_t panel = w.begin(args.w.panels()); panel < w.end(args.w.panels()); panel++) {
     for (int64_t pass = 0; pass < passes.count; pass++) {
       const int64_t row = passes.begin(pass), rows = passes.begin(pass + 1) - row;
-      quantised_pass<kBits, kDigits, kRows>(args, q, panel, row, rows, {args.w, panel, passes, pass, steps});
+      quantised_pass<kBits, kDigits, kRows>(args, q, panel, row, rows, {args.w, w, panel, passes, pass, steps});
     }
   }
 }
 
 // Whether to make each panel bf16 once for all rows. With VNNI that saves every row the ends of small groups; without,
-// bf16 products are the faster ones anyway. The limits are measured (perf/LOG.md).
-inline bool expands(const LinearArgs& args) {
-  if (args.w.digits == 1) return false;
+// bf16 products are the faster ones. The limits are measured (perf/LOG.md).
+inline bool expands(const Weight& w, int64_t rows) {
+  if (w.digits == 1) return false;
 #ifdef DISTINF_HAS_BF16
-  return args.w.group && args.w.group <= 64 && 2 * args.m >= args.w.group;
+  return w.group && w.group <= 64 && 2 * rows >= w.group;
 #else
-  return args.m > 12;
+  return rows >= (kLanes == 8 && !w.group ? 32 : 13);
 #endif
 }
 
 void linear_quantised(const Worker& w, const LinearArgs& args) {
-  if (expands(args)) return linear_bf16(w, args);
+  if (expands(args.w, args.m)) return linear_bf16(w, args);
   if (args.w.bits == 4) return quantised_panels<4, 2>(w, args);
   args.w.digits == 1 ? quantised_panels<8, 1>(w, args) : quantised_panels<8, 2>(w, args);
+}
+
+int64_t linear_scratch_bytes(const Weight& w, int64_t rows, int workers) {
+  if (w.bits == 16) return 0;
+  const int64_t digits = quantised_scratch_bytes(w, rows, workers);
+  return expands(w, rows) ? std::max(digits, workers * w.expanded_bytes(w.k)) : digits;
 }

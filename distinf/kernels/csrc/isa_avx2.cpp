@@ -32,9 +32,11 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx2Kernels = {
-    avx2::linear_bf16, avx2::linear_quantised, avx2::rms_norm,  avx2::layer_norm,
-    avx2::sum_parts,   avx2::head_norm,        avx2::add_rows,  avx2::rope,
-    avx2::kv_append,   avx2::attention,        avx2::softcap,   avx2::expert_sum,
-    avx2::embedding,   avx2::read_stream,      avx2::peak_bf16, avx2::peak_int8,
+    avx2::linear_bf16, avx2::linear_quantised, avx2::linear_scratch_bytes,
+    avx2::rms_norm,    avx2::layer_norm,       avx2::sum_parts,
+    avx2::head_norm,   avx2::add_rows,         avx2::rope,
+    avx2::kv_append,   avx2::attention,        avx2::softcap,
+    avx2::expert_sum,  avx2::embedding,        avx2::read_stream,
+    avx2::peak_bf16,   avx2::peak_int8,
 };
 }  // namespace distinf

@@ -32,9 +32,11 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Kernels = {
-    avx512::linear_bf16, avx512::linear_quantised, avx512::rms_norm,  avx512::layer_norm,
-    avx512::sum_parts,   avx512::head_norm,        avx512::add_rows,  avx512::rope,
-    avx512::kv_append,   avx512::attention,        avx512::softcap,   avx512::expert_sum,
-    avx512::embedding,   avx512::read_stream,      avx512::peak_bf16, avx512::peak_int8,
+    avx512::linear_bf16, avx512::linear_quantised, avx512::linear_scratch_bytes,
+    avx512::rms_norm,    avx512::layer_norm,       avx512::sum_parts,
+    avx512::head_norm,   avx512::add_rows,         avx512::rope,
+    avx512::kv_append,   avx512::attention,        avx512::softcap,
+    avx512::expert_sum,  avx512::embedding,        avx512::read_stream,
+    avx512::peak_bf16,   avx512::peak_int8,
 };
 }  // namespace distinf

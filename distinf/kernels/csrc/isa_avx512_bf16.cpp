@@ -33,9 +33,11 @@ namespace {
 
 namespace distinf {
 const KernelTable kAvx512Bf16Kernels = {
-    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::rms_norm,  avx512_bf16::layer_norm,
-    avx512_bf16::sum_parts,   avx512_bf16::head_norm,        avx512_bf16::add_rows,  avx512_bf16::rope,
-    avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::softcap,   avx512_bf16::expert_sum,
-    avx512_bf16::embedding,   avx512_bf16::read_stream,      avx512_bf16::peak_bf16, avx512_bf16::peak_int8,
+    avx512_bf16::linear_bf16, avx512_bf16::linear_quantised, avx512_bf16::linear_scratch_bytes,
+    avx512_bf16::rms_norm,    avx512_bf16::layer_norm,       avx512_bf16::sum_parts,
+    avx512_bf16::head_norm,   avx512_bf16::add_rows,         avx512_bf16::rope,
+    avx512_bf16::kv_append,   avx512_bf16::attention,        avx512_bf16::softcap,
+    avx512_bf16::expert_sum,  avx512_bf16::embedding,        avx512_bf16::read_stream,
+    avx512_bf16::peak_bf16,   avx512_bf16::peak_int8,
 };
 }  // namespace distinf

@@ -23,7 +23,7 @@ struct LinearArgs {
   int64_t out_stride;
   bool out_fp32;
   int64_t m;
-  char* scratch;                // 64-byte aligned; quantised rows of x, or partial sums
+  char* scratch;                // 64-byte aligned: quantised rows of x, partial sums, panels made bf16
   const float* plus = nullptr;  // added to out, which it is like
 };
 
@@ -140,6 +140,8 @@ struct ExpertSumArgs {
 struct KernelTable {
   void (*linear_bf16)(const Worker&, const LinearArgs&);
   void (*linear_quantised)(const Worker&, const LinearArgs&);
+  // Scratch that a linear over at most so many rows needs of either.
+  int64_t (*linear_scratch_bytes)(const Weight&, int64_t rows, int workers);
   void (*rms_norm)(const Worker&, const NormArgs&);
   void (*layer_norm)(const Worker&, const NormArgs&);
   // out[begin .. end] (fp32 or bf16) = sum of the parts. One thread's work.

@@ -8,8 +8,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "activations.h"
-#include "gemm_amx.h"
 #include "moe.h"
 
 using namespace distinf;
@@ -58,9 +56,8 @@ void expert_rows(Runtime& rt, uintptr_t x, uintptr_t place, uintptr_t first, uin
 // Each expert's linear over its own rows, starts[e] .. starts[e + 1] of x; an expert without rows is not read.
 void expert_linear(Runtime& rt, uintptr_t x, const std::vector<Weight>& experts, uintptr_t starts, Act act,
                    uintptr_t out, bool out_fp32, int64_t rows) {
-  const int workers = rt.team.size();
   for (const Weight& weight : experts) {
-    rt.reserve_scratch(linear_scratch_bytes(weight, rows, workers));
+    rt.reserve_scratch(rt.kernels.linear_scratch_bytes(weight, rows, rt.team.size()));
   }
   rt.execute([=, &rt](const Worker& w) {
     const auto* first = at<const int32_t>(starts);

@@ -11,23 +11,28 @@ struct Passes {
   int64_t begin(int64_t pass) const { return rows * pass / count; }
 };
 
-// What a pass over a panel asks for meanwhile, in `steps` equal steps of a sweep. One pass asks 4 KiB ahead of its reading: DRAM
-// latency (about 100 ns) at 20-40 GB/s per core. Of several only the first would wait for memory, so each fetches its
-// part of the panel that follows into the L2 cache.
+// DRAM latency (about 100 ns) at 20-40 GB/s per core.
+constexpr int64_t kPrefetchBytes = 4096;
+
+// What a pass over a panel asks for meanwhile, in `steps` equal steps of a sweep. One pass asks ahead of its reading, and
+// so does the very first of several. The others would not wait for memory, but the first of each panel would: so each
+// fetches its part of the worker's panel that follows into the L2 cache.
 struct Ahead {
   const char *p, *end;
   int64_t step;
-  bool same_panel;
+  bool near;
 
-  Ahead(const Weight& w, int64_t panel, const Passes& passes, int64_t pass, int64_t steps)
-      : step(w.panel_bytes() / (passes.count * passes.sweeps * steps) + 1),
-        same_panel(passes.count * passes.sweeps == 1) {
-    p = end = same_panel ? w.panel(panel) + 4096 : w.panel(panel + 1) + w.panel_bytes() * pass / passes.count;
+  Ahead(const Weight& w, const Worker& worker, int64_t panel, const Passes& passes, int64_t pass, int64_t steps) {
+    const bool first = panel == worker.begin(w.panels()) && pass == 0, last = panel + 1 == worker.end(w.panels());
+    near = first || passes.count * passes.sweeps == 1;
+    step = w.panel_bytes() / (near ? steps : passes.count * passes.sweeps * steps) + 1;
+    if (last && !near) step = 0;
+    p = end = near ? w.panel(panel) + kPrefetchBytes : w.panel(panel + 1) + w.panel_bytes() * pass / passes.count;
   }
 
   void next() {
     end += step;
-    if (same_panel) {
+    if (near) {
       for (; p < end; p += 64) __builtin_prefetch(p, 0, 3);
     } else {
       for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
@@ -67,8 +72,8 @@ inline void expand_group(const Weight& w, const char* header, int64_t from, int6
   }
   const auto* p = reinterpret_cast<const uint8_t*>(header + w.group_header_bytes()) + from * kPanel * kBits / 8;
   for (int64_t row = from; row < end; row += 4, p += kPanel * kBits / 2, to += 4 * kPanel) {
-    __builtin_prefetch(p + 4096);
-    if constexpr (kBits == 8) __builtin_prefetch(p + 4096 + 64);
+    __builtin_prefetch(p + kPrefetchBytes);
+    if constexpr (kBits == 8) __builtin_prefetch(p + kPrefetchBytes + 64);
     Whole quads[kVectors];
     load_quads<kBits>(p, quads);
     for (int v = 0; v < kVectors; v++) {
@@ -84,7 +89,7 @@ inline void expand_group(const Weight& w, const char* header, int64_t from, int6
 // Rows [from, from + depth) of K of a panel as bf16: where they lie, or of a quantised weight expanded into `buffer`.
 inline const bf16* bf16_rows(const Weight& w, int64_t panel, int64_t from, int64_t depth, bf16* buffer) {
   if (w.bits == 16) return reinterpret_cast<const bf16*>(w.panel(panel)) + from * kPanel;
-  const int64_t last = round_up(from + depth, 4);
+  const int64_t last = round_up(from + depth, kDepth);  // the tiles of a last part read so far
   for (int64_t row = from; row < last;) {
     const int64_t group = row / w.group_rows(), first = group * w.group_rows();
     const int64_t end = std::min(last, first + w.group_rows());

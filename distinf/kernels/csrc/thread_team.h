@@ -38,8 +38,8 @@ class ThreadTeam {
 
   // Within an operation, 60-250 us: shorter than a scheduler quantum, should the other thread not be running.
   static constexpr int kSpins = 5000;
-  // Between operations, 1-5 ms: longer than the host's part of a decode step, so that workers are awake when the next one
-  // starts. On a virtual machine a CPU that slept may come back elsewhere, with half the bandwidth (perf/LOG.md).
+  // Between operations, 1-5 ms: longer than the host's part of a decode step, so that workers are awake when the
+  // next one starts. On a virtual machine a CPU that slept may come back elsewhere, with half the bandwidth.
   static constexpr int kSpinsBetween = 100000;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }

@@ -81,8 +81,8 @@ inline Pairs broadcast_pair(const bf16* p) {
 inline Pairs pairs_of(Vec low, Vec high) {
   return _mm256_blend_epi16(_mm256_srli_epi32(nearest_bf16(low), 16), nearest_bf16(high), 0xaa);
 }
-// The factors that a pair is multiplied as: one element, then the other. The index of the pair is handed through so that
-// the compiler reads memory again for the second one: it has no registers to keep many pairs in.
+// The factors that a pair is multiplied as: one element, then the other. The index of the pair is handed through so
+// that the compiler reads memory again for the second one: it has no registers to keep many pairs in.
 struct LowHalf {
   Vec operator()(Pairs p) const { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); }
 };
