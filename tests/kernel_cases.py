@@ -443,7 +443,12 @@ def _expands(kernels: Any, form: Format, rows: int) -> bool:
     if kernels.name != "native" or form.digits != 2:
         return False
     enough = form.group > 0 and 2 * rows >= form.group
-    known = {"amx": enough, "avx512_bf16": enough and form.group <= 64, "avx512": rows >= 13, "avx2": rows >= (13 if form.group else 32)}
+    known = {
+        "amx": enough,
+        "avx512_bf16": enough and form.group <= 64,
+        "avx512": rows >= 13,
+        "avx2": rows >= (13 if form.group else 32),
+    }
     return known[kernels.isa]
 
 
